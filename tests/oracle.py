@@ -1,0 +1,116 @@
+"""The masked oracle: the unpruned model in which dropped tokens are hidden as keys from the layer at which they left.
+
+Written independently of vtprune's engine: it knows only the indices in a report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from models import IMAGE
+from vtprune import Report
+
+
+def hidden_keys(report: Report, input_ids: Tensor, layers: int) -> list[Tensor]:
+    """For each decoder layer, [B, N] True at prompt positions that it must not see."""
+    visual = input_ids == IMAGE
+    result = [torch.zeros_like(visual) for _ in range(layers)]
+    for record in report.kept:
+        first = record.site.index if record.site.kind == "layer" else 0
+        for b, kept in enumerate(record.indices):
+            positions = visual[b].nonzero()[:, 0]
+            gone = torch.ones(len(positions), dtype=torch.bool)
+            gone[kept] = False
+            for layer in range(first, layers):
+                result[layer][b, positions[gone]] = True
+    return result
+
+
+@contextmanager
+def masked(model: nn.Module, hidden: list[Tensor], features: Tensor | None = None) -> Iterator[None]:
+    """Hide prompt positions from each decoder layer; optionally replace the image features.
+
+    Args:
+        model: a LLaVA.
+        hidden: [B, N] a layer, from `hidden_keys`.
+        features: what the projector shall return.
+    """
+    handles = []
+
+    def hook(layer: int):
+        def pre(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+            states, cache = args[0], kwargs.get("past_key_values")
+            rows, queries = states.shape[:2]
+            past = 0 if cache is None else cache.get_seq_length(layer)
+            keys = past + queries
+            gone = hidden[layer].repeat_interleave(rows // hidden[layer].shape[0], 0)
+            see = torch.ones(rows, keys, dtype=torch.bool)
+            see[:, : gone.shape[1]] = ~gone[:, :keys]
+            mask = kwargs.get("attention_mask")
+            if mask is None:
+                full = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
+                full = full.expand(rows, 1, -1, -1)
+            else:
+                full = mask if mask.dtype == torch.bool else mask == 0
+            full = full & see[:, None, None]
+            full = full | ~full.any(-1, keepdim=True)  # rows of hidden or padded queries must stay finite
+            if model.config.text_config._attn_implementation == "eager":
+                full = torch.zeros(full.shape).masked_fill(~full, torch.finfo(torch.float32).min)
+            return args, {**kwargs, "attention_mask": full}
+
+        return pre
+
+    root = model.model
+    for i, layer in enumerate(root.language_model.layers):
+        handles.append(layer.register_forward_pre_hook(hook(i), with_kwargs=True))
+    if features is not None:
+        handles.append(root.multi_modal_projector.register_forward_hook(lambda m, a, out: features))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            with suppress(KeyError):
+                handle.remove()
+
+
+def tower_hidden(report: Report, blocks: int) -> list[list[Tensor]]:
+    """For each tower block, for each image (one a sample), [N] True at patches that it must not see."""
+    samples = [n for n in report.visual_tokens if n]
+    result = [[torch.zeros(n, dtype=torch.bool) for n in samples] for _ in range(blocks)]
+    for record in report.kept:
+        if record.site.kind != "vision":
+            continue
+        with_image = [i for i, n in zip(record.indices, report.visual_tokens, strict=True) if n]
+        for image, kept in enumerate(with_image):
+            gone = torch.ones(samples[image], dtype=torch.bool)
+            gone[kept] = False
+            for block in range(record.site.index + 1, blocks):
+                result[block][image] |= gone
+    return result
+
+
+def tower_features(model: nn.Module, pixels: Tensor, hidden: list[list[Tensor]], has_cls: bool) -> Tensor:
+    """[images, N, D] projected features of the unpruned tower with patches hidden as keys."""
+    handles = []
+
+    def hook(block: int):
+        def pre(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+            gone = torch.stack(hidden[block])
+            if has_cls:
+                gone = torch.cat([torch.zeros(len(gone), 1, dtype=torch.bool), gone], 1)
+            mask = torch.zeros(gone.shape).masked_fill(gone, torch.finfo(torch.float32).min)
+            return (args[0], mask[:, None, None].expand(-1, 1, gone.shape[1], -1), *args[2:]), kwargs
+
+        return pre
+
+    for i, block in enumerate(model.model.vision_tower.encoder.layers):
+        handles.append(block.register_forward_pre_hook(hook(i), with_kwargs=True))
+    try:
+        return torch.stack(list(model.get_image_features(pixels).pooler_output))
+    finally:
+        for handle in handles:
+            handle.remove()

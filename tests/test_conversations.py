@@ -1,0 +1,267 @@
+"""Beams, several sequences, multi-turn with a reused cache, assisted decoding, interleaved and copied conversations."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import vtprune
+from models import IMAGE, LAYERS, TOKENS, VOCAB, Row, batch, llava
+from oracle import hidden_keys, masked
+
+ROWS = (Row(1, 3, 5, 0), Row(1, 1, 4, 1))
+METHODS = ["uniform", "fastv"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_beams_equal_masked_oracle(method: str, attention: str) -> None:
+    model, inputs = llava(attention), batch(*ROWS)
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 16, "do_sample": False}
+    with vtprune.prune(model, method, 0.4) as session:
+        out = model.generate(**inputs, **beams)
+        report = session.report
+    hidden = [h[::3] for h in hidden_keys(report, inputs["input_ids"].repeat_interleave(3, 0), LAYERS)]
+    with masked(model, hidden):
+        want = model.generate(**inputs, **beams)
+    assert torch.equal(out, want)
+    assert report.visual_tokens == (TOKENS,) * 6
+
+
+@pytest.mark.parametrize("method", [*METHODS, "flowcut"])
+@torch.no_grad()
+def test_beams_keep_what_greedy_keeps(method: str) -> None:
+    model, inputs = llava(), batch(Row(2, 3, 5, 0), Row(1, 1, 4, 1))
+    with vtprune.prune(model, method, 0.4) as session:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        greedy = session.report.kept
+        model.generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=3)
+        for one, three in zip(greedy, session.report.kept, strict=True):
+            for b in range(2):
+                for beam in range(3):
+                    assert torch.equal(one.indices[b], three.indices[3 * b + beam])
+
+
+@torch.no_grad()
+def test_sampled_sequences_are_those_of_the_oracle() -> None:
+    model, inputs = llava(), batch(*ROWS)
+    sampling = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 8, "top_k": 0}
+    with vtprune.prune(model, "fastv", 0.4) as session:
+        torch.manual_seed(3)
+        out, report = model.generate(**inputs, **sampling), session.report
+    hidden = [h[::3] for h in hidden_keys(report, inputs["input_ids"].repeat_interleave(3, 0), LAYERS)]
+    with masked(model, hidden):
+        torch.manual_seed(3)
+        want = model.generate(**inputs, **sampling)
+    assert torch.equal(out, want)
+    assert len({tuple(row.tolist()) for row in out}) > 2
+
+
+def text(seed: int, length: int, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 98, (rows, length), generator=generator)
+
+
+def converse(model: torch.nn.Module, turns: list[dict[str, Tensor]], reports: list, session: object) -> list[Tensor]:
+    """Several turns over one cache; each turn's ids follow what was generated before."""
+    cache, ids, mask, results = DynamicCache(config=model.config.text_config), None, None, []
+    for turn in turns:
+        ids = turn["input_ids"] if ids is None else torch.cat([ids, turn["input_ids"]], 1)
+        mask = turn["attention_mask"] if mask is None else torch.cat([mask, turn["attention_mask"]], 1)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=5,
+            do_sample=False,
+            return_dict_in_generate=True,
+            **({"pixel_values": turn["pixel_values"]} if "pixel_values" in turn else {}),
+        )
+        results.append(out.sequences)
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], out.sequences.shape[1] - ids.shape[1])], 1)
+        ids = out.sequences
+        if session is not None and "pixel_values" in turn:
+            reports.append((session.report, ids.shape[1]))
+    return results
+
+
+@pytest.mark.parametrize("rows", [(Row(1, 3, 5, 0),), ROWS], ids=["single", "padded"])
+@pytest.mark.parametrize(
+    "method", [*METHODS, "flowcut", ["flowcut", "fastv"], vtprune.FastV(positions="compact")], ids=str
+)
+@torch.no_grad()
+def test_second_and_third_turn_over_one_cache(method: object, rows: tuple[Row, ...]) -> None:
+    """Turn 2 is text only, turn 3 brings a new image; the same rows alone must give the same answers."""
+    model, n = llava(), len(rows)
+    keep = [0.6, 0.4] if isinstance(method, list) else 0.4
+    first = batch(*rows)
+    second = {"input_ids": text(1, 4, n), "attention_mask": torch.ones(n, 4, dtype=torch.long)}
+    third = batch(*[Row(1, 2, 3, 20 + b) for b in range(n)])
+    with vtprune.prune(model, method, keep):
+        together = converse(model, [first, second, third], [], None)
+        for b, row in enumerate(rows):
+            one = [batch(row), *({k: v[b : b + 1] for k, v in t.items()} for t in (second, third))]
+            for whole, single in zip(together, converse(model, one, [], None), strict=True):
+                assert torch.equal(whole[b, -single.shape[1] :][-5:], single[0, -5:])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_turns_equal_masked_oracle(method: str, attention: str) -> None:
+    model = llava(attention)
+    turns = [
+        batch(Row(1, 3, 5, 0)),
+        {"input_ids": text(1, 4, 1), "attention_mask": torch.ones(1, 4, dtype=torch.long)},
+        batch(Row(1, 2, 3, 20)),
+    ]
+    reports: list = []
+    with vtprune.prune(model, method, 0.4) as session:
+        out = converse(model, turns, reports, session)
+    length = out[-1].shape[1]
+    hidden = [torch.zeros(1, length, dtype=torch.bool) for _ in range(LAYERS)]
+    images = (out[-1][0] == IMAGE).nonzero()[:, 0].split(TOKENS)
+    for (report, _), positions in zip(reports, images, strict=True):
+        ids = torch.zeros(1, length, dtype=torch.long)
+        ids[0, positions] = IMAGE
+        for layer, gone in enumerate(hidden_keys(report, ids, LAYERS)):
+            hidden[layer] |= gone
+    with masked(model, hidden):
+        want = converse(model, turns, [], None)
+    for got, expected in zip(out, want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def repetitive() -> dict[str, Tensor]:
+    """A prompt in which look-up finds candidates and the model rejects some of them."""
+    row = batch(Row(1, 3, 5, 0))
+    tail = torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8]])
+    return {
+        "input_ids": torch.cat([row["input_ids"], tail], 1),
+        "attention_mask": torch.ones(1, row["input_ids"].shape[1] + 8, dtype=torch.long),
+        "pixel_values": row["pixel_values"],
+    }
+
+
+@pytest.mark.parametrize("method", ["random", "fastv"])
+def test_draft_tokens_behind_the_prompt_are_refused_by_methods_that_read_it(method: str) -> None:
+    model = llava()
+    with vtprune.prune(model, method, 0.4), pytest.raises(vtprune.InputError, match=f"logits_to_keep=4.*{method}"):
+        model.generate(**repetitive(), max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("method", ["uniform", "pool", "flowcut"])
+@torch.no_grad()
+def test_prompt_lookup_decoding_gives_the_greedy_answer(method: str) -> None:
+    model, inputs = llava(), repetitive()
+    with vtprune.prune(model, method, 0.4):
+        greedy = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+        calls = []
+        handle = model.model.language_model.register_forward_pre_hook(
+            lambda m, a, k: calls.append(k["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        looked_up = model.generate(**inputs, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
+        handle.remove()
+    assert any(n > 1 for n in calls[1:]), "no candidates were tried, so the test shows nothing"
+    assert torch.equal(looked_up, greedy)
+
+
+@pytest.mark.parametrize("method", ["fastv", "uniform"])
+def test_static_cache_is_refused_before_the_decoder_runs(method: str) -> None:
+    model, inputs = llava(), batch(Row())
+    ran = []
+    handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: ran.append(1))
+    with vtprune.prune(model, method, 0.4), pytest.raises(vtprune.InputError, match="StaticCache, whose layers have one fixed length"):
+        model.generate(**inputs, max_new_tokens=4, cache_implementation="static")
+    handle.remove()
+    assert not ran
+
+
+@torch.no_grad()
+def test_conversations_interleave_and_survive_a_deep_copy() -> None:
+    model = llava()
+    a, b = batch(Row(1, 3, 5, 0)), batch(Row(1, 6, 2, 3))
+    step = text(5, 1, 1)
+    for method in ("uniform", "fastv"):
+        with vtprune.prune(model, method, 0.4):
+
+            def run(cache: DynamicCache, length: int) -> Tensor:
+                mask = torch.ones(1, length + 1, dtype=torch.long)
+                position = torch.tensor([[length]])
+                return model(
+                    input_ids=step, attention_mask=mask, position_ids=position, past_key_values=cache
+                ).logits  # fmt: skip
+
+            one = model(**a).past_key_values
+            fork = copy.deepcopy(one)
+            want_a = run(copy.deepcopy(one), a["input_ids"].shape[1])
+            two = model(**b).past_key_values
+            want_b = run(copy.deepcopy(two), b["input_ids"].shape[1])
+            assert torch.equal(run(one, a["input_ids"].shape[1]), want_a)
+            assert torch.equal(run(two, b["input_ids"].shape[1]), want_b)
+            assert torch.equal(run(fork, a["input_ids"].shape[1]), want_a)
+            assert not torch.equal(want_a, want_b)
+
+
+@torch.no_grad()
+def test_decode_without_position_ids_continues_from_the_logical_length() -> None:
+    """A direct forward call leaves position_ids to the host, which asks the cache for the length."""
+    model, inputs = llava(), batch(Row())
+    step, length = text(5, 1, 1), inputs["input_ids"].shape[1]
+    for method in ("uniform", "fastv", "flowcut"):
+        with vtprune.prune(model, method, 0.4):
+            implicit = model(input_ids=step, past_key_values=model(**inputs).past_key_values).logits
+            explicit = model(
+                input_ids=step, past_key_values=model(**inputs).past_key_values, position_ids=torch.tensor([[length]])
+            ).logits
+        assert torch.equal(implicit, explicit)
+
+
+@torch.no_grad()
+def test_threads_do_not_share_calls() -> None:
+    model = llava()
+    inputs = [batch(Row(1, 3, 5, s)) for s in range(2)]
+    with vtprune.prune(model, "fastv", 0.4):
+        want = [model.generate(**x, max_new_tokens=6, do_sample=False) for x in inputs]
+        got: dict[tuple[int, int], Tensor] = {}
+
+        def work(which: int) -> None:
+            for i in range(3):
+                got[which, i] = model.generate(**inputs[which], max_new_tokens=6, do_sample=False)
+
+        threads = [threading.Thread(target=work, args=(w,)) for w in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(got) == 6
+    assert all(torch.equal(out, want[which]) for (which, _), out in got.items())
+
+
+@torch.no_grad()
+def test_streaming_sees_the_same_tokens() -> None:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Collect(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(VOCAB)
+
+    model, inputs = llava(), batch(Row())
+    with vtprune.prune(model, "uniform", 0.4):
+        want = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        streamer = Collect()
+        model.generate(**inputs, max_new_tokens=6, do_sample=False, streamer=streamer)
+    assert streamer.tokens[-7:-1] == want[0, -6:].tolist()
+    assert streamer.tokens[-1] == VOCAB

@@ -1,0 +1,288 @@
+"""DESIGN invariants on tiny random models: identity, masked oracle, batch independence, removal, budget, autograd."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vtprune
+from models import IMAGE, LAYERS, TOKENS, Row, batch, llava
+from oracle import hidden_keys, masked
+from vtprune.contract import METHODS
+
+BACKENDS = ["sdpa", "eager"]
+DROPPING = ["random", "uniform", "fastv", "divprune"]
+RAGGED = (Row(1, 3, 5, 0), Row(2, 1, 4, 1), Row(0, 2, 9, 2), Row(1, 6, 2, 3))
+GREEDY = {"max_new_tokens": 16, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+
+
+def composition() -> list:
+    return ["flowcut", vtprune.FastV(layer=2)]
+
+
+CASES = [
+    ("random", 5),
+    ("uniform", 0.4),
+    ("divprune", 0.25),
+    ("fastv", 10),
+    ("fastv", 0.5),
+    (["uniform", "fastv"], [0.6, 0.3]),
+]
+IDS = ["random-5", "uniform-40%", "divprune-25%", "fastv-10", "fastv-50%", "uniform+fastv"]
+
+
+def cache_tensors(output: object) -> list[Tensor]:
+    return [t for layer in output.past_key_values.layers for t in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_keep_all_is_bit_identical(method: str, attention: str) -> None:
+    model, inputs = llava(attention), batch(*RAGGED)
+    base, base_ids = model(**inputs), model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    with vtprune.prune(model, method, keep=1.0) as session:
+        out, ids = model(**inputs), model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        report = session.report
+    assert torch.equal(base.logits, out.logits)
+    assert torch.equal(base_ids, ids)
+    assert all(torch.equal(a, b) for a, b in zip(cache_tensors(base), cache_tensors(out), strict=True))
+    assert report.tokens_per_layer == tuple((n,) * LAYERS for n in (TOKENS, 2 * TOKENS, 0, TOKENS))
+    assert report.flops == report.flops_full and report.kv_bytes == report.kv_bytes_full
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_keeping_every_token_by_count_is_bit_identical_with_hooks_on(method: str, attention: str) -> None:
+    model, inputs = llava(attention), batch(Row())
+    base = model(**inputs)
+    with vtprune.prune(model, method, keep=TOKENS):
+        out = model(**inputs)
+    assert torch.equal(base.logits, out.logits)
+    assert all(torch.equal(a, b) for a, b in zip(cache_tensors(base), cache_tensors(out), strict=True))
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize(("method", "keep"), CASES, ids=IDS)
+@pytest.mark.parametrize("rows", [(Row(),), RAGGED], ids=["single", "ragged"])
+@torch.no_grad()
+def test_pruned_run_equals_masked_oracle(rows: tuple[Row, ...], method: object, keep: object, attention: str) -> None:
+    model, inputs = llava(attention), batch(*rows)
+    with vtprune.prune(model, method, keep) as session:
+        logits = model(**inputs).logits
+        out = model.generate(**inputs, **GREEDY)
+        report = session.report
+    hidden = hidden_keys(report, inputs["input_ids"], LAYERS)
+    with masked(model, hidden):
+        want = model(**inputs).logits
+        ref = model.generate(**inputs, **GREEDY)
+    seen = inputs["attention_mask"].bool() & ~hidden[-1]
+    torch.testing.assert_close(logits[seen], want[seen], atol=1e-5, rtol=1e-5)
+    assert torch.equal(out.sequences, ref.sequences)
+    for got, wanted in zip(out.scores, ref.scores, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert not logits[hidden[-1]].any(), "positions that left hold zeros"
+
+    wrong = [torch.roll(h, 1, dims=1) & (inputs["input_ids"] == IMAGE) for h in hidden]
+    with masked(model, wrong):
+        off = (model(**inputs).logits[seen] - logits[seen]).abs().max()
+    assert off > 1e-2, "the oracle must notice when other tokens are hidden"
+
+
+@pytest.mark.parametrize("decoder", ["mistral", "qwen2"])
+@torch.no_grad()
+def test_other_decoders_equal_masked_oracle(decoder: str) -> None:
+    model, inputs = llava("sdpa", decoder=decoder), batch(*RAGGED)
+    with vtprune.prune(model, "fastv", 0.4) as session:
+        logits, report = model(**inputs).logits, session.report
+    hidden = hidden_keys(report, inputs["input_ids"], LAYERS)
+    with masked(model, hidden):
+        want = model(**inputs).logits
+    seen = inputs["attention_mask"].bool() & ~hidden[-1]
+    torch.testing.assert_close(logits[seen], want[seen], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("method", ["fastv", "uniform"])
+@torch.no_grad()
+def test_no_cache_forward_is_exact_too(method: str, attention: str) -> None:
+    """Without a cache and a mask the host looks for packed sequences in position_ids."""
+    model, inputs = llava(attention), batch(Row())
+    inputs.pop("attention_mask")
+    with vtprune.prune(model, method, 0.4) as session:
+        logits, report = model(**inputs, use_cache=False).logits, session.report
+    hidden = hidden_keys(report, inputs["input_ids"], LAYERS)
+    with masked(model, hidden):
+        want = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits[~hidden[-1]], want[~hidden[-1]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize(
+    ("method", "keep"),
+    [*[(m, 0.4) for m in (*DROPPING, "pool", "flowcut")], (composition, [0.6, 0.4]), (lambda: vtprune.FastV(positions="compact"), 0.4)],
+    ids=[*DROPPING, "pool", "flowcut", "flowcut+fastv", "fastv-compact"],
+)
+@torch.no_grad()
+def test_batch_equals_each_sample_alone(method: object, keep: object, attention: str) -> None:
+    model, inputs = llava(attention), batch(*RAGGED)
+    method = method() if callable(method) else method
+    with vtprune.prune(model, method, keep) as session:
+        together = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        kept = session.report.kept
+        for b, row in enumerate(RAGGED):
+            one = batch(row)
+            alone = model.generate(**one, max_new_tokens=16, do_sample=False)
+            assert torch.equal(together[b, -16:], alone[0, -16:]), f"sample {b}"
+            if row.images:
+                for all_rows, single in zip(kept, session.report.kept, strict=True):
+                    assert torch.equal(all_rows.indices[b], single.indices[0]), f"sample {b} at {single.site}"
+
+
+@pytest.mark.parametrize("method", ["fastv", "uniform", "flowcut"])
+@torch.no_grad()
+def test_right_padding_agrees_with_left_padding(method: str) -> None:
+    model = llava()
+    left, right = batch(*RAGGED), batch(*RAGGED, left=False)
+    with vtprune.prune(model, method, 0.4):
+        a, b = model(**left).logits, model(**right, position_ids=None).logits
+        for row in range(len(RAGGED)):
+            one = batch(RAGGED[row])
+            want = model(**one).logits[0]
+            # without explicit position_ids HF counts padding, so only the right-padded rows match the lone sample
+            torch.testing.assert_close(b[row][right["attention_mask"][row].bool()], want, atol=1e-5, rtol=1e-5)
+    assert a.shape == b.shape
+
+
+@pytest.mark.parametrize("method", ["fastv", "uniform"])
+@torch.no_grad()
+def test_compact_positions_equal_a_prompt_without_the_dropped_tokens(method: str) -> None:
+    """With compact ids from the input on, the decoder cannot tell that there ever were more tokens."""
+    model, inputs = llava(), batch(Row())
+    plan = vtprune.Plan((vtprune.Stage(vtprune.Site("input"), vtprune.Uniform(), 6, positions="compact"),))
+    with vtprune.prune(model, plan) as session:
+        out = model.generate(**inputs, **GREEDY)
+        kept = session.report.kept[0].indices[0]
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    embeds[0, visual] = features
+    stay = torch.ones(embeds.shape[1], dtype=torch.bool)
+    stay[visual] = False
+    stay[visual[kept]] = True
+    ref = model.generate(inputs_embeds=embeds[:, stay], **GREEDY)
+    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], ref.sequences)
+    for got, want in zip(out.scores, ref.scores, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def snapshot(model: nn.Module) -> dict:
+    """Every attribute, hook and config object of every module, by identity."""
+    state = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, dict):
+                state[name, key] = {k: id(v) for k, v in value.items()}
+            else:
+                state[name, key] = id(value) if not isinstance(value, (int, float, str, bool)) else value
+        if hasattr(module, "config"):
+            state[name, "config dict"] = copy.deepcopy(module.config.to_dict())
+            state[name, "attention"] = module.config._attn_implementation
+    return state
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@torch.no_grad()
+def test_remove_leaves_nothing(method: str) -> None:
+    model, inputs = llava(), batch(*RAGGED)
+    base = model(**inputs).logits  # also lets HF install its own capture hooks
+    before, keys = snapshot(model), list(model.state_dict())
+    session = vtprune.prune(model, method, 0.5)
+    assert snapshot(model) != before
+    assert not torch.equal(model(**inputs).logits, base)
+    session.remove()
+    session.remove()
+    assert snapshot(model) == before
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(**inputs).logits, base)
+
+
+@torch.no_grad()
+def test_exception_inside_a_forward_leaves_no_state() -> None:
+    model, inputs = llava(), batch(*RAGGED)
+    base = model(**inputs).logits
+    with vtprune.prune(model, ["flowcut", "fastv"], [0.6, 0.4]) as session:
+        want = model(**inputs).logits
+        for site in (model.model.language_model.layers[2].mlp, model.model.vision_tower.encoder.layers[4].mlp):
+            boom = site.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(RuntimeError("boom")))
+            with pytest.raises(RuntimeError, match="boom"):
+                model(**inputs)
+            boom.remove()
+            assert session._calls.decoder is None and session._calls.tower is None
+            assert torch.equal(model(**inputs).logits, want)
+    assert torch.equal(model(**inputs).logits, base)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("keep", [1, 3, 8, 15, 0.5, 1 / 3, 0.99])
+@torch.no_grad()
+def test_realised_budget_is_within_one_token(method: str, keep: float) -> None:
+    model = llava()
+    try:
+        session = vtprune.prune(model, method, keep)
+    except vtprune.BudgetError as error:
+        assert method == "fastv" and error.floor > (keep if isinstance(keep, int) else keep * TOKENS)
+        return
+    rows = (Row(1, 3, 5, 0), Row(1, 5, 1, 4)) if isinstance(keep, int) else (Row(1), Row(2, 1, 4, 1))
+    with session:
+        model(**batch(*rows))
+        report = session.report
+    for row, average in zip(rows, report.average_tokens, strict=True):
+        total = row.images * TOKENS
+        want = keep if isinstance(keep, int) else keep * total
+        assert abs(average - want) <= 1
+    for record in report.kept:
+        for indices, row in zip(record.indices, rows, strict=True):
+            assert (indices.diff() > 0).all()
+            assert indices.min() >= 0 and indices.max() < row.images * TOKENS
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@torch.no_grad()
+def test_rng_is_untouched_and_result_repeats(method: str) -> None:
+    model, inputs = llava(), batch(*RAGGED)
+    with vtprune.prune(model, method, 0.4) as session:
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        first, kept = model(**inputs).logits, session.report.kept
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(8)
+        assert torch.equal(model(**inputs).logits, first)
+        for a, b in zip(kept, session.report.kept, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.indices, b.indices, strict=True))
+
+
+@pytest.mark.parametrize("method", ["fastv", "uniform", "pool", "flowcut"])
+def test_gradients_flow_and_equal_the_oracle(method: str) -> None:
+    model, inputs = llava(), batch(*RAGGED)
+    # answers only: the position that predicts the first token after an image is visual and may have left
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = inputs["input_ids"][:, -2:]
+    with vtprune.prune(model, method, 0.4) as session:
+        loss = model(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        report = session.report
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert grads["model.language_model.layers.3.mlp.up_proj.weight"].abs().sum() > 0
+    assert grads["model.multi_modal_projector.linear_1.weight"].abs().sum() > 0
+    if method in ("pool", "flowcut"):
+        return
+    model.zero_grad()
+    with masked(model, hidden_keys(report, inputs["input_ids"], LAYERS)):
+        want = model(**inputs, labels=labels, use_cache=False).loss
+        want.backward()
+    torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
+    for name in ("model.language_model.layers.3.mlp.up_proj.weight", "model.language_model.layers.0.self_attn.q_proj.weight"):
+        torch.testing.assert_close(grads[name], model.get_parameter(name).grad, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,95 @@
+"""vtprune: prune the visual tokens of Hugging Face vision-language models, exactly.
+
+    session = vtprune.prune(model, "fastv", keep=0.25)
+    out = model.generate(**inputs)
+    print(session.report)
+    session.remove()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vtprune.budget import Budget, Geometry
+    from vtprune.contract import Scorer
+    from vtprune.errors import BudgetError, InputError, PlanError, UnsupportedModelError, VtpruneError
+    from vtprune.hooks import Session, geometry, prune
+    from vtprune.layout import Layout
+    from vtprune.plan import Plan, Site, Stage
+    from vtprune.report import Report
+    from vtprune.tiny import load_tiny
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Geometry",
+    "InputError",
+    "Layout",
+    "Plan",
+    "PlanError",
+    "Report",
+    "Scorer",
+    "Session",
+    "Site",
+    "Stage",
+    "UnsupportedModelError",
+    "VtpruneError",
+    "__version__",
+    "families",
+    "geometry",
+    "load_tiny",
+    "methods",
+    "prune",
+]
+
+# torch and transformers are imported when a name that needs them is first used, so that `vtprune --help` is quick
+_HOMES = {
+    "Budget": "vtprune.budget",
+    "BudgetError": "vtprune.errors",
+    "Geometry": "vtprune.budget",
+    "InputError": "vtprune.errors",
+    "Layout": "vtprune.layout",
+    "Plan": "vtprune.plan",
+    "PlanError": "vtprune.errors",
+    "Report": "vtprune.report",
+    "Scorer": "vtprune.contract",
+    "Session": "vtprune.hooks",
+    "Site": "vtprune.plan",
+    "Stage": "vtprune.plan",
+    "UnsupportedModelError": "vtprune.errors",
+    "VtpruneError": "vtprune.errors",
+    "geometry": "vtprune.hooks",
+    "load_tiny": "vtprune.tiny",
+    "prune": "vtprune.hooks",
+}
+
+
+def methods() -> dict[str, str]:
+    """Registered methods: name to one-line summary."""
+    from vtprune.contract import METHODS
+
+    return {name: cls.summary for name, cls in METHODS.items()}
+
+
+def families() -> dict[str, str]:
+    """Supported architecture families: name to one-line summary."""
+    from vtprune.hooks.families.base import FAMILIES
+
+    return {name: cls.summary for name, cls in FAMILIES.items()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name[:1].isupper():
+        from vtprune.contract import METHODS
+
+        # method classes are public under their class name: vtprune.FastV
+        for _, cls in METHODS.items():
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module 'vtprune' has no attribute {name!r}")

@@ -1,0 +1,213 @@
+"""The contract of a method: what a scorer sees, what it returns, and how a budget becomes its plan.
+
+Axes: B samples (images at a `vision` site), V visual tokens still alive (padded at the end, see `valid`),
+N keys of the attention block, H query heads, Hkv key/value heads, R query rows, d head width, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vtprune.budget import Budget, Geometry, solve
+from vtprune.errors import BudgetError, PlanError
+from vtprune.plan import Plan, Site, Stage
+from vtprune.registry import Registry
+
+__all__ = ["METHODS", "AttentionView", "Memory", "Queries", "Scorer", "TokenView", "top_k_mask"]
+
+Memory = dict[str, Tensor]
+"""Per-token running signals of one call, each [B, V]; the engine gathers them whenever tokens are dropped."""
+
+Queries = Literal["last", "cls", "mean"]
+"""Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean over all real tokens."""
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """Signals of one attention block that has just run, for `Scorer.observe`.
+
+    Attributes:
+        block: index of the tower block or decoder layer.
+        query: [B, H, R, d] the rows asked for by `Scorer.queries`, after RoPE.
+        key, value: [B, Hkv, N, d] all keys and values, after RoPE.
+        scaling: factor of the logits, usually d ** -0.5.
+        real: [B, N] True where the key is not padding, or None if all are.
+        column: [B, V] where each alive visual token lies among the N keys.
+        valid: [B, V] False at padding of the V axis.
+        query_value: [B, Hkv, R, d] values at the query rows.
+        has_cls: the query row is a tower's CLS token (else, in a tower, the mean of all real queries).
+    """
+
+    block: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    real: Tensor | None
+    column: Tensor
+    valid: Tensor
+    query_value: Tensor
+    has_cls: bool
+
+    def visual(self, states: Tensor) -> Tensor:
+        """[B, Hkv, N, d] keys or values -> [B, Hkv, V, d] at the alive visual tokens."""
+        index = self.column[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+        return states.gather(2, index)
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What a scorer sees when its stage cuts.
+
+    Attributes:
+        site: where the cut is made.
+        hidden: [B, V, D] states of the alive visual tokens.
+        valid: [B, V] False at padding of the V axis.
+        original: [B, V] index of the token among the sample's original visual tokens, increasing.
+        image, row, col: [B, V] image of the sample, cell on its grid.
+        grids: for each sample, (rows, cols) of each image.
+        keep: [B] how many tokens must survive.
+        memory: what `observe` has accumulated.
+        text_key: for each sample a tuple of ints that identifies its prompt (its token ids); () in a tower, and unless
+            the scorer sets `reads_prompt`.
+    """
+
+    site: Site
+    hidden: Tensor
+    valid: Tensor
+    original: Tensor
+    image: Tensor
+    row: Tensor
+    col: Tensor
+    grids: tuple[tuple[tuple[int, int], ...], ...]
+    keep: Tensor
+    memory: Memory
+    text_key: tuple[tuple[int, ...], ...]
+
+
+def top_k_mask(scores: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
+    """Keep the `keep[b]` best valid tokens of each sample; equal scores go to the earlier token.
+
+    Args:
+        scores: [B, V], higher is kept. Compared in fp32; NaN counts as lowest.
+        keep: [B] survivors a sample.
+        valid: [B, V].
+
+    Returns:
+        [B, V] bool.
+    """
+    ranked = scores.float().nan_to_num(nan=float("-inf"))
+    ranked = ranked.masked_fill(~valid, float("-inf"))
+    # invalid tokens lie at the end of the axis, so a stable sort never prefers them to a valid -inf
+    order = ranked.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return (rank < keep[:, None]) & valid
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One paper's science, and the method that users name: a frozen dataclass whose fields are its knobs.
+
+    A subclass sets `site`, overrides `score` (or `select`, for set-valued rules) and registers itself:
+    `@METHODS.register("name")`. Methods with several stages override `plan`. A scorer holds no state: what must
+    live through a forward pass goes into `memory`.
+
+    Attributes:
+        name: registry key.
+        summary: one line for listings, with the arXiv id.
+        site: where the stage of a one-stage method cuts; None if the method overrides `plan`.
+        queries: query rows that `observe` needs, or None if the method reads no attention. In a tower without CLS
+            "cls" is served as "mean".
+        accumulates: `observe` runs after every block before the stage (else only after the last one before it).
+        adaptive: the method decides itself how many tokens stay; a budget is then optional.
+        merges: tokens that leave are averaged into a survivor (see `assign`).
+        reads_prompt: the view's `text_key` is filled (it costs one copy of the token ids to the host).
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    site: ClassVar[Site | None] = None
+    queries: ClassVar[Queries | None] = None
+    accumulates: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    reads_prompt: ClassVar[bool] = False
+
+    def observe(self, view: AttentionView, memory: Memory) -> Memory:
+        """Turn one attention block into per-token memory. Called only if `queries` is set.
+
+        Args:
+            view: the block that has just run.
+            memory: what earlier blocks left, {} at the first.
+
+        Returns:
+            the new memory, tensors [B, V].
+        """
+        raise PlanError(f"{self.name} sets queries={self.queries!r} but does not define observe().")
+
+    def score(self, view: TokenView) -> Tensor:
+        """[B, V] scores, higher is kept; values at invalid tokens are ignored."""
+        raise PlanError(f"{self.name} defines neither score() nor select().")
+
+    def select(self, view: TokenView) -> Tensor:
+        """[B, V] bool: the tokens that survive, `view.keep[b]` of them a sample."""
+        return top_k_mask(self.score(view), view.keep, view.valid)
+
+    def count(self, view: TokenView) -> Tensor:
+        """[B] survivors of an adaptive stage; the engine never lets them fall below `view.keep` (the target)."""
+        raise PlanError(f"{self.name} has an adaptive stage but does not define count().")
+
+    def assign(self, view: TokenView, kept: Tensor) -> Tensor:
+        """[B, V] for each token the index (on the V axis) of the survivor it is averaged into. Only if `merges`.
+
+        Args:
+            kept: [B, V] what `select` returned; a kept token is its own owner.
+        """
+        raise PlanError(f"{self.name} sets merges=True but does not define assign().")
+
+    def plan(self, geometry: Geometry, budget: Budget) -> Plan:
+        """The stages that spend `budget` on a model of this `geometry`; unless overridden, one stage at `site`.
+
+        Raises:
+            BudgetError: if the budget is missing or out of reach (with the smallest one possible).
+            PlanError: if the method neither sets `site` nor overrides this.
+        """
+        site = self.site
+        if site is None:
+            raise PlanError(f"{self.name} neither sets a site nor defines plan().")
+        return solve(lambda n: Plan((Stage(site, self, n),)), geometry, budget, method=self.name)
+
+    def require(self, budget: Budget) -> Budget:
+        """`budget`, or a BudgetError if none was given."""
+        if budget.value is None:
+            raise BudgetError(f"{self.name} needs a budget: pass keep=64 (tokens), keep=0.25 (a fraction) or flops=0.3.")
+        return budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form: the name and every field."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Scorer:
+        """Inverse of `to_dict`.
+
+        Raises:
+            UnknownNameError: if no method has this name.
+            PlanError: if a field is not one of the method's knobs.
+        """
+        fields = dict(data)
+        cls = METHODS[str(fields.pop("name", ""))]
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not set(fields) <= known:
+            raise PlanError(f"{cls.name} has the knobs {sorted(known)}, got {sorted(set(fields) - known)} beside them.")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+METHODS: Registry[Scorer] = Registry("method", "vtprune.scorers")
+

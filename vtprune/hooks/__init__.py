@@ -1,0 +1,65 @@
+"""The engine: hooks that shorten what a Hugging Face VLM computes on, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vtprune.budget import Geometry
+from vtprune.errors import UnsupportedModelError
+from vtprune.hooks.families.base import family_of
+from vtprune.hooks.planner import Methods, Planner
+from vtprune.hooks.session import Session
+from vtprune.hooks.validate import check_plan
+
+__all__ = ["Session", "geometry", "prune"]
+
+
+def geometry(model_or_config: Any) -> Geometry:
+    """The shape of a model (with a prompt of one image), from the model or from its config alone.
+
+    Raises:
+        UnsupportedModelError: if no family serves it.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    return family_of(config).geometry(config)
+
+
+def prune(
+    model: nn.Module,
+    method: Methods,
+    keep: int | float | str | list[int | float | str] | None = None,
+    *,
+    basis: str = "average",
+    flops: float | None = None,
+    record_scores: bool = False,
+) -> Session:
+    """Attach pruning to a Hugging Face VLM. The model is changed in place until `session.remove()`.
+
+    Args:
+        model: a `transformers` vision-language model of a supported family (`vtprune.families()`).
+        method: a name (`vtprune.methods()`), a method object, a list of them applied in order, or a saved `Plan`.
+        keep: visual tokens that enter a decoder layer, averaged over the layers: an int is tokens a sample, a float in
+            (0, 1] or a string such as "25%" a fraction. `keep=1.0` keeps all and changes nothing. With a list of
+            methods a list of budgets, each for what the methods so far leave.
+        basis: "average" over the decoder layers, or "final": what survives the last stage.
+        flops: instead of `keep`, the share of the unpruned decoder prefill FLOPs to spend.
+        record_scores: keep each stage's scores in the report.
+
+    Returns:
+        the session: handle and context manager.
+
+    Raises:
+        UnsupportedModelError: if no family serves the model.
+        UnknownNameError: if a method name is not registered.
+        BudgetError: if the budget is malformed or out of the method's reach.
+        PlanError: if the stages cannot run in this order on this model.
+        SessionError: if the model is already pruned.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UnsupportedModelError(f"model must be a transformers model, got {type(model).__name__}.")
+    shape = geometry(model)
+    planner = Planner(shape, method, keep, basis, flops)
+    check_plan(planner.nominal, shape)
+    return Session(model, planner, family_of(model.config)(model), record_scores=record_scores)

@@ -1,0 +1,163 @@
+"""Which visual tokens are still there: the book that tower stages and decoder stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtprune.contract import Memory, Scorer, TokenView
+from vtprune.errors import PlanError
+from vtprune.kernels.keep_tokens import keep_tokens
+from vtprune.layout import Layout
+from vtprune.plan import Site, Stage
+
+__all__ = ["Alive", "Cut", "cut_counts", "make_cut"]
+
+
+@dataclass
+class Alive:
+    """Visual tokens still alive, a row for each sample (in the decoder) or image (in a tower).
+
+    Attributes:
+        original: [B, V] index among the row's original visual tokens, increasing; padded at the end.
+        counts: alive tokens of each row.
+        memory: running signals of the scorers, by scorer name.
+    """
+
+    original: Tensor
+    counts: list[int]
+    memory: dict[str, Memory] = field(default_factory=dict)
+
+    @classmethod
+    def all_of(cls, counts: Sequence[int], device: torch.device) -> Alive:
+        """Every token of every row."""
+        width = max(counts, default=0)
+        return cls(torch.arange(width, device=device).expand(len(counts), width), list(counts))
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, V] False at padding of the V axis."""
+        width = self.original.shape[1]
+        device = self.original.device
+        if all(n == width for n in self.counts):
+            return torch.ones(self.original.shape, dtype=torch.bool, device=device)
+        return torch.arange(width, device=device)[None] < torch.tensor(self.counts, device=device)[:, None]
+
+    def keep(self, kept: Tensor, counts: list[int]) -> tuple[Alive, Tensor]:
+        """The tokens marked in `kept` [B, V], `counts` of them a row.
+
+        Returns:
+            the survivors, and [B, V'] the index of each on the old V axis.
+        """
+        width = max(counts, default=0)
+        index = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)[:, :width]
+        memory = {
+            name: dict(zip(signals, keep_tokens(list(signals.values()), index), strict=True))
+            for name, signals in self.memory.items()
+        }
+        return Alive(self.original.gather(1, index), counts, memory), index
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one stage decided.
+
+    Attributes:
+        alive: the survivors.
+        index: [B, V'] index of each survivor on the old V axis.
+        owner: [B, V] for merges: old V axis index of the token that absorbs each token; None if tokens are dropped.
+        scores: [B, V] what the scorer returned, or None if it selects directly.
+        before: alive tokens of each row before the cut.
+    """
+
+    alive: Alive
+    index: Tensor
+    owner: Tensor | None
+    scores: Tensor | None
+    before: Alive
+
+
+def cut_counts(stage: Stage, totals: Sequence[int], alive: Sequence[int]) -> list[int]:
+    """Survivors (or, if the stage is adaptive, the target) of each row: never more than are alive."""
+    return [min(stage.count(total), now) for total, now in zip(totals, alive, strict=True)]
+
+
+def make_cut(
+    stage: Stage,
+    alive: Alive,
+    hidden: Tensor,
+    keep: list[int],
+    layout: Layout | None,
+    grids: Sequence[Sequence[tuple[int, int]]],
+    text_key: tuple[tuple[int, ...], ...],
+    want_scores: bool,
+) -> Cut:
+    """Let the stage's scorer choose the survivors.
+
+    Args:
+        stage: the stage that cuts.
+        alive: tokens before the cut.
+        hidden: [B, V, D] their states.
+        keep: survivors asked of each row (the target, if the stage is adaptive).
+        layout: the decoder's layout, or None in a tower, where a row is one image of `grids[b][0]`.
+        grids: for each row, (rows, cols) of its images.
+        text_key: see `TokenView`.
+        want_scores: also return the scores.
+
+    Raises:
+        PlanError: if the scorer returns another number of tokens than asked.
+    """
+    view = _token_view(stage.site, stage.scorer, alive, hidden, keep, layout, grids, text_key)
+    counts = keep
+    if stage.adaptive:
+        decided = stage.scorer.count(view).tolist()
+        counts = [min(now, max(int(n), k)) for n, k, now in zip(decided, keep, alive.counts, strict=True)]
+        view = _token_view(stage.site, stage.scorer, alive, hidden, counts, layout, grids, text_key)
+    kept = stage.scorer.select(view)
+    # top-k keeps what it was asked for by construction; a scorer's own select() is checked
+    if type(stage.scorer).select is not Scorer.select:
+        found = (kept & view.valid).sum(1).tolist()
+        if found != counts:
+            raise PlanError(
+                f"{stage.scorer.name}.select() kept {found} tokens a sample at {stage.site}, but {counts} were asked."
+            )
+    owner = stage.scorer.assign(view, kept) if stage.scorer.merges else None
+    scores = None
+    if want_scores and type(stage.scorer).score is not Scorer.score:
+        scores = stage.scorer.score(view).float()
+    after, index = alive.keep(kept, counts)
+    return Cut(after, index, owner, scores, alive)
+
+
+def _token_view(
+    site: Site,
+    scorer: Scorer,
+    alive: Alive,
+    hidden: Tensor,
+    keep: list[int],
+    layout: Layout | None,
+    grids: Sequence[Sequence[tuple[int, int]]],
+    text_key: tuple[tuple[int, ...], ...],
+) -> TokenView:
+    original = alive.original
+    if layout is None:
+        cols = grids[0][0][1] if grids else 1
+        image, row, col = torch.zeros_like(original), original // cols, original % cols
+    else:
+        image, row, col = (t.gather(1, original) for t in (layout.image, layout.row, layout.col))
+    return TokenView(
+        site=site,
+        hidden=hidden,
+        valid=alive.valid,
+        original=original,
+        image=image,
+        row=row,
+        col=col,
+        grids=tuple(tuple(g) for g in grids),
+        keep=torch.tensor(keep, device=original.device),
+        memory=alive.memory.get(scorer.name, {}),
+        text_key=text_key,
+    )

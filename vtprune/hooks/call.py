@@ -1,0 +1,125 @@
+"""The state of one call of the model: a decode step over a pruned cache, or a prefill that prunes.
+
+Both answer the same two questions for each group of decoder layers that holds the same tokens: which 2-D mask do its
+keys have, and which position ids do its queries have. A prefill also shortens the hidden states between groups.
+
+Axes: B samples, N positions of this call, M physical rows the current group still has, V alive visual tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from vtprune.errors import HostContractError, InputError
+from vtprune.hooks.cache import CacheRecord, Group, physical_length
+from vtprune.hooks.families.base import Parts
+
+__all__ = ["GroupInputs", "Step", "check_per_token"]
+
+_KNOWN = frozenset(
+    {"attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache", "inputs_embeds",
+     "hidden_states", "input_ids"}
+)  # fmt: skip
+
+
+def check_per_token(arguments: dict[str, Any], length: int, where: str) -> None:
+    """Refuse keyword arguments that carry a token axis and that nobody would gather.
+
+    Raises:
+        HostContractError: naming the argument, so that a change in transformers is an error and not a wrong answer.
+    """
+    for name, value in arguments.items():
+        if name not in _KNOWN and isinstance(value, Tensor) and value.ndim and length in value.shape:
+            raise HostContractError(
+                f"{where} was passed {name!r} of shape {tuple(value.shape)}, which has a token axis of {length} that "
+                f"vtprune does not know. Known per-token arguments: {', '.join(sorted(_KNOWN))}. Please report it with "
+                "your transformers version."
+            )
+
+
+@dataclass
+class GroupInputs:
+    """What the layers of one group get instead of the host's tensors.
+
+    Attributes:
+        attention_mask: in the backend's own form, or None.
+        position_ids: [B, M] or the host's.
+        position_embeddings: (cos, sin), each [B, M, d].
+    """
+
+    attention_mask: Any
+    position_ids: Tensor | None
+    position_embeddings: tuple[Tensor, Tensor]
+
+
+class Step:
+    """A call that adds tokens to a pruned cache and drops none: decode steps, later text turns, assisted decoding."""
+
+    def __init__(self, parts: Parts, record: CacheRecord, batch: int) -> None:
+        if record.batch != batch:
+            raise InputError(
+                f"the cache holds a pruned conversation of {record.batch} row(s), but the call has {batch}. Expand the "
+                "batch before the prompt is processed, not after."
+            )
+        self._parts = parts
+        self._record = record
+        self._mask: Tensor | None = None
+        self._position: Tensor | None = None
+        self._ready: dict[int, GroupInputs] = {}
+
+    def text(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Mask and positions of the first group; called before the text model runs."""
+        embeds, cache = arguments["inputs_embeds"], arguments["past_key_values"]
+        batch, length = embeds.shape[:2]
+        first = self._record.groups[0]
+        logical = cache.get_seq_length()
+        self._mask = arguments.get("attention_mask")
+        position = arguments.get("position_ids")
+        if position is None:
+            position = torch.arange(logical, logical + length, device=embeds.device)[None]
+        self._position = position.expand(batch, -1)
+        changed = dict(arguments)
+        if first.columns is not None:
+            physical = physical_length(cache, 0) + length
+            changed["attention_mask"] = first.mask(self._mask, physical, self._record.length, batch, embeds.device)
+        if first.lag is not None:
+            changed["position_ids"] = self._position - first.lag[:, None]
+        return changed
+
+    def layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
+        """What decoder layer `index` runs on; None leaves it as the host has it."""
+        group = self._record.group_of(index)
+        if group.first == 0:
+            return None
+        if group.first not in self._ready:
+            self._ready[group.first] = self._prepare(group, hidden, arguments)
+        return hidden, {**arguments, **vars(self._ready[group.first])}
+
+    def text_output(self, hidden: Tensor) -> Tensor:
+        """[B, N, D] what the text model returns; nothing was dropped."""
+        return hidden
+
+    def _prepare(self, group: Group, hidden: Tensor, arguments: dict[str, Any]) -> GroupInputs:
+        cache = arguments["past_key_values"]
+        batch, length = hidden.shape[:2]
+        mask: Any = None
+        # one query sees every key: without padding it needs no mask in any backend
+        if not (group.dense and length == 1):
+            physical = physical_length(cache, group.first) + length
+            mask = create_causal_mask(
+                config=self._parts.text_model.config,  # type: ignore[arg-type]
+                inputs_embeds=hidden,
+                attention_mask=group.mask(self._mask, physical, self._record.length, batch, hidden.device),
+                past_key_values=cache,
+                layer_idx=group.first,
+            )
+        embeddings, position = arguments["position_embeddings"], arguments.get("position_ids")
+        if group.lag is not None and group.lag is not self._record.groups[0].lag:
+            position = self._position - group.lag[:, None]  # type: ignore[operator]
+            embeddings = self._parts.rotary(hidden, position_ids=position)
+        return GroupInputs(mask, position, embeddings)

@@ -1,0 +1,1 @@
+"""One file per Hugging Face architecture family: the only files that know HF module names."""

@@ -1,0 +1,122 @@
+"""From what the user asked for to the plan of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vtprune.budget import Budget, Geometry
+from vtprune.contract import METHODS, Scorer
+from vtprune.errors import BudgetError, PlanError
+from vtprune.plan import Plan
+
+__all__ = ["Methods", "Planner"]
+
+Methods = str | Scorer | Plan | Sequence[str | Scorer]
+
+
+class Planner:
+    """Solves the budget for each prompt size that occurs, once.
+
+    Attributes:
+        geometry: the model with a prompt of one image.
+        nominal: the plan for that prompt; other prompts get plans with the same sites and other counts.
+    """
+
+    def __init__(self, geometry: Geometry, methods: Methods, keep: Any, basis: str, flops: float | None) -> None:
+        self.geometry = geometry
+        self._fixed = methods if isinstance(methods, Plan) else None
+        self._methods: list[Scorer] = []
+        self._budgets: list[Budget] = []
+        if self._fixed is not None:
+            if keep is not None or flops is not None:
+                raise BudgetError(f"a Plan carries its own counts; leave out keep={keep!r} and flops={flops!r}.")
+            self.nominal = self._fixed
+        else:
+            self._methods = [_method(m) for m in _as_list(methods)]
+            self._budgets = _budgets(self._methods, keep, basis, flops)
+            self.nominal = self._nominal()
+        self._solved: dict[tuple[int, int, int], Plan] = {}
+
+    @property
+    def inactive(self) -> bool:
+        """True if every token is kept whatever the prompt."""
+        if self._fixed is None:
+            return all(isinstance(b.value, float) and b.value == 1.0 for b in self._budgets)
+        return all(isinstance(s.keep, float) and s.keep == 1.0 for s in self._fixed.stages)
+
+    @property
+    def needs_text(self) -> bool:
+        """True if plans depend on the number of text tokens."""
+        return any(b.basis == "flops" for b in self._budgets)
+
+    def plan_for(self, visual_tokens: int, text_tokens: int, images: int) -> Plan:
+        """The plan of one sample.
+
+        Raises:
+            BudgetError: if the budget does not fit this prompt.
+        """
+        if self._fixed is not None or visual_tokens == 0:
+            return self.nominal
+        if not self.needs_text:
+            text_tokens = 0
+        key = (visual_tokens, text_tokens, images)
+        if key not in self._solved:
+            plan = self._solve(self.geometry.for_prompt(*key))
+            # the tower runs before the prompt is known, so its counts are those of the nominal plan
+            tower = self.nominal.at("vision")
+            self._solved[key] = Plan(tower + plan.stages[len(tower) :]) if tower else plan
+        return self._solved[key]
+
+    def _nominal(self) -> Plan:
+        try:
+            return self._solve(self.geometry)
+        except BudgetError:
+            # a share of FLOPs that a prompt with much text cannot reach may fit one with little
+            if not self.needs_text:
+                raise
+            shape = self.geometry
+            plan = self._solve(shape.for_prompt(shape.visual_tokens, 0, shape.images))
+            if plan.at("vision"):
+                raise
+            return plan
+
+    def _solve(self, geometry: Geometry) -> Plan:
+        plan = Plan()
+        for method, budget in zip(self._methods, self._budgets, strict=True):
+            plan = plan + method.plan(geometry.after(plan), budget)
+        return plan
+
+
+def _as_list(methods: str | Scorer | Sequence[str | Scorer]) -> list[str | Scorer]:
+    if isinstance(methods, (str, Scorer)):
+        return [methods]
+    if not isinstance(methods, Sequence) or not methods:
+        raise PlanError(f"method must be a name, a method object, a list of them or a Plan, got {methods!r}.")
+    return list(methods)
+
+
+def _method(method: Any) -> Scorer:
+    if isinstance(method, str):
+        return METHODS[method]()
+    if isinstance(method, Scorer):
+        return method
+    raise PlanError(f"method must be a name, a method object, a list of them or a Plan, got {method!r}.")
+
+
+def _budgets(methods: list[Scorer], keep: Any, basis: str, flops: float | None) -> list[Budget]:
+    if isinstance(keep, (list, tuple)):
+        if len(keep) != len(methods):
+            raise BudgetError(f"give one keep a method: got {len(keep)} ({list(keep)}) for {len(methods)} method(s).")
+        keeps = list(keep)
+    elif len(methods) > 1 and keep is not None and keep != 1.0:
+        raise BudgetError(
+            f"{len(methods)} methods need a list of budgets in the same order, such as keep=[288, 64], got keep={keep!r}."
+        )
+    else:
+        keeps = [keep] * len(methods)
+    budgets = [Budget.make(k, basis=basis, flops=flops) for k in keeps]
+    for method, budget in zip(methods, budgets, strict=True):
+        if budget.value is None and not method.adaptive:
+            method.require(budget)
+    return budgets

@@ -1,0 +1,276 @@
+"""Session: the hooks of one `prune()` on one model, and how they are wired."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtprune.contract import Scorer
+from vtprune.errors import SessionError
+from vtprune.hooks.accounting import real_positions, report_full, report_pruned
+from vtprune.hooks.cache import record_of, write_record
+from vtprune.hooks.call import Step
+from vtprune.hooks.families.base import Family, Prompt
+from vtprune.hooks.planner import Planner
+from vtprune.hooks.prefill import Prefill
+from vtprune.hooks.probe import attach_probe
+from vtprune.hooks.tower import TowerCall, TowerRun, read_departures
+from vtprune.hooks.validate import check_call, check_drafts, watched_blocks
+from vtprune.plan import Plan
+from vtprune.report import Report
+
+__all__ = ["Session"]
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+class _Calls(threading.local):
+    """The calls now in progress in this thread."""
+
+    decoder: Step | Prefill | None = None
+    tower: TowerCall | None = None
+    last_tower: TowerRun | None = None
+
+
+class Session:
+    """A pruned model. Made by `prune()`; also a context manager.
+
+    Attributes:
+        plan: the plan for a prompt with one image.
+        geometry: the model's shape.
+    """
+
+    def __init__(self, model: nn.Module, planner: Planner, family: Family, *, record_scores: bool) -> None:
+        self.geometry, self.plan = planner.geometry, planner.nominal
+        self._planner, self._family, self._parts = planner, family, family.parts()
+        self._record_scores = record_scores
+        self._calls = _Calls()
+        self._report: Report | None = None
+        self._undo: list[Callable[[], object]] = []
+        self._root_signature = inspect.signature(type(self._parts.root).forward)
+        self._tower_stages = self.plan.at("vision")
+        self._model = weakref.ref(model)
+        if self._parts.root in _sessions:
+            raise SessionError(
+                f"{type(model).__name__} is already pruned by {_sessions[self._parts.root]!r}. Call remove() on that "
+                "session first, or give prune() a list of methods to combine them."
+            )
+        _sessions[self._parts.root] = self
+        try:
+            self._attach()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def report(self) -> Report:
+        """What the last call that held a prompt kept and cost.
+
+        Raises:
+            SessionError: if the model has not been called yet.
+        """
+        if self._report is None:
+            raise SessionError("no report yet: call the model (model.generate(...) or model(...)) first.")
+        return self._report
+
+    def remove(self) -> None:
+        """Take every hook and probe off again. The model is exactly as before; calling it twice is harmless."""
+        while self._undo:
+            self._undo.pop()()
+        if _sessions.get(self._parts.root) is self:
+            del _sessions[self._parts.root]
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        model = self._model()
+        name = "model gone" if model is None else type(model).__name__
+        stages = ", ".join(f"{s.scorer.name} at {s.site} keep {s.keep}" for s in self.plan.stages)
+        return f"Session({name}: {stages or 'no stages'})"
+
+    # wiring
+
+    def _attach(self) -> None:
+        parts = self._parts
+
+        def pre(module: nn.Module, hook: Callable[..., Any]) -> None:
+            self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+        def post(module: nn.Module, hook: Callable[..., Any]) -> None:
+            # always_call: an exception inside must not leave a call's state behind
+            self._undo.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True).remove)
+
+        pre(parts.root, self._on_root)
+        post(parts.root, self._after_root)
+        if self._planner.inactive:
+            return
+        model = self._model()
+        if model is not None and model is not parts.root:
+            pre(model, self._on_model)
+        pre(parts.text_model, self._on_text)
+        post(parts.text_model, self._after_text)
+        cuts = [s.site.index for s in self.plan.at("layer")]
+        for index in range(min(cuts, default=len(parts.layers)), len(parts.layers)):
+            pre(parts.layers[index], self._on_layer(index))
+        for block, scorers in watched_blocks(self.plan, "layer").items():
+            module = self._family.attention(parts.layers[block])
+            self._undo.append(attach_probe(module, self._observer("decoder", block, scorers)))
+        if not self._tower_stages:
+            return
+        pre(parts.tower, self._on_tower)
+        post(parts.tower, self._after_tower)
+        post(parts.projector, self._after_projector)
+        for index, block in enumerate(parts.blocks):
+            pre(block, self._on_block(index))
+        for block, scorers in watched_blocks(self.plan, "vision").items():
+            module = self._family.attention(parts.blocks[block])
+            self._undo.append(attach_probe(module, self._observer("tower", block, scorers)))
+
+    def _observer(self, side: str, block: int, scorers: Sequence[Scorer]) -> Callable[..., None]:
+        calls = self._calls
+
+        def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+            call = calls.tower if side == "tower" else calls.decoder
+            if isinstance(call, (Prefill, TowerCall)):
+                call.observe(block, scorers, query, key, value, scaling)
+
+        return observe
+
+    # root
+
+    def _on_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache, wanted = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+        if isinstance(wanted, int) and wanted > 1 and (cache is None or cache.get_seq_length() == 0):
+            check_drafts(self.plan, wanted)
+
+    def _on_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls = self._calls
+        calls.decoder = None
+        arguments = kwargs
+        if args:
+            arguments = dict(self._root_signature.bind_partial(module, *args, **kwargs).arguments)
+            arguments.update(arguments.pop("kwargs", {}))
+        prompt = self._family.prompt(arguments)
+        record = None if prompt.cache is None else record_of(prompt.cache)
+        if not any(prompt.counts):
+            if record is not None:
+                calls.decoder = Step(self._parts, record, prompt.batch)
+            elif prompt.visual is not None:
+                self._report = report_full(self.geometry, prompt, None, self._itemsize())
+            return
+        plans = self._plans(prompt)
+        acts = any(s.count(n) < n for p, n in zip(plans, prompt.counts, strict=True) for s in p.stages)
+        if not acts and record is None:
+            self._report = report_full(self.geometry, prompt, self._tower_run(prompt), self._itemsize())
+            return
+        check_call(module, prompt, plans, self._tower_stages)
+        layout = self._family.layout(prompt, real_positions(prompt))
+        calls.decoder = Prefill(self._parts, prompt, layout, plans, want_scores=self._record_scores)
+
+    def _plans(self, prompt: Prompt) -> list[Plan]:
+        each = self.geometry.visual_tokens
+        text = real_positions(prompt).sum(1).tolist() if self._planner.needs_text else prompt.counts
+        return [
+            self._planner.plan_for(n, t - n, max(1, n // each)) for n, t in zip(prompt.counts, text, strict=True)
+        ]
+
+    def _after_root(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        calls = self._calls
+        call, calls.decoder = calls.decoder, None
+        if not isinstance(call, Prefill) or output is None:
+            return
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and (call.pruned or record_of(cache) is not None):
+            write_record(cache, call.record())
+        self._report = report_pruned(self.geometry, call, self._tower_run(call.prompt), self._itemsize())
+
+    def _itemsize(self) -> int:
+        return next(self._parts.text_model.parameters()).element_size()
+
+    def _tower_run(self, prompt: Prompt) -> TowerRun | None:
+        run, self._calls.last_tower = self._calls.last_tower, None
+        if run is not None:
+            return run
+        tower = self.geometry.vision
+        if tower is None or self._tower_stages:
+            return None
+        rows = self.geometry.visual_tokens + int(tower.has_cls)
+        return TowerRun(prompt.images, (rows,) * tower.blocks)
+
+    # text model and decoder layers
+
+    def _on_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = self._calls.decoder
+        if call is None:
+            return None
+        if isinstance(call, Step):
+            return args, call.text(kwargs)
+        left = None
+        if self._tower_stages:
+            index = call.layout.position[..., None].expand(-1, -1, kwargs["inputs_embeds"].shape[-1])
+            left = read_departures(kwargs["inputs_embeds"].gather(1, index), call.alive.valid)
+        return args, call.text(kwargs, left)
+
+    def _after_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        call = self._calls.decoder
+        if not isinstance(call, Prefill) or output is None:
+            return None
+        if isinstance(output, tuple):
+            return (call.text_output(output[0]), *output[1:])
+        output.last_hidden_state = call.text_output(output.last_hidden_state)
+        return output
+
+    def _on_layer(self, index: int) -> Callable[..., Any]:
+        calls = self._calls
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = calls.decoder
+            if call is None:
+                return None
+            changed = call.layer(index, args[0] if args else kwargs["hidden_states"], kwargs)
+            if changed is None:
+                return None
+            hidden, arguments = changed
+            if args:
+                return (hidden, *args[1:]), arguments
+            return args, {**arguments, "hidden_states": hidden}
+
+        return hook
+
+    # vision tower
+
+    def _on_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        calls, tower = self._calls, self.geometry.vision
+        calls.tower = calls.last_tower = None
+        side = int(self.geometry.visual_tokens**0.5)
+        if tower is not None:
+            calls.tower = TowerCall(self._parts, tower, self._tower_stages, (side, side))
+
+    def _after_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if output is None:
+            self._calls.tower = None
+
+    def _after_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        call, self._calls.tower = self._calls.tower, None
+        if call is None or output is None:
+            return None
+        self._calls.last_tower = call.run()
+        return call.features(output)
+
+    def _on_block(self, index: int) -> Callable[..., Any]:
+        calls = self._calls
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = calls.tower
+            return None if call is None else call.block(index, args[0], args[1:], kwargs)
+
+        return hook

@@ -1,0 +1,112 @@
+"""Everything that can be refused, refused before a hook is added or the decoder runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from vtprune.budget import Geometry
+from vtprune.contract import Scorer
+from vtprune.errors import InputError, PlanError, UnsupportedModelError
+from vtprune.hooks.families.base import Prompt
+from vtprune.plan import Plan, Stage
+
+__all__ = ["check_call", "check_drafts", "check_plan", "watched_blocks"]
+
+
+def check_plan(plan: Plan, geometry: Geometry) -> None:
+    """Check that every stage can run on a model of this geometry.
+
+    Raises:
+        PlanError: if a site lies outside the model, or a scorer needs a signal that its site cannot give.
+        UnsupportedModelError: if the plan cuts in a tower that the family does not open.
+    """
+    for stage in plan.stages:
+        site, scorer = stage.site, stage.scorer
+        if site.kind == "layer" and site.index >= geometry.layers:
+            raise PlanError(f"{site} is outside the decoder, which has layers 0 to {geometry.layers - 1}.")
+        if site.kind == "vision":
+            if geometry.vision is None:
+                raise UnsupportedModelError(f"family {geometry.family!r} has no vision stages; {site} cannot be used.")
+            last = geometry.vision.feature_block - 1
+            if site.index > last:
+                raise PlanError(
+                    f"{site} is too late: the projector reads block {geometry.vision.feature_block}, so the last cut is "
+                    f"vision[{last}]."
+                )
+            if scorer.merges:
+                raise PlanError(f"{scorer.name} merges tokens, which {site} cannot; use it at 'input' or 'layer[k]'.")
+        if scorer.queries is not None and site.kind == "input":
+            raise PlanError(f"{scorer.name} reads attention, which does not exist yet at 'input'; use 'layer[k]'.")
+        if scorer.queries in ("cls", "mean") and site.kind == "layer":
+            raise PlanError(f"{scorer.name} reads the {scorer.queries!r} query of a tower; it cannot cut at {site}.")
+        if scorer.queries == "last" and site.kind == "vision":
+            raise PlanError(f"{scorer.name} reads the last prompt token; it cannot cut at {site}.")
+
+
+def watched_blocks(plan: Plan, kind: str) -> dict[int, list[Scorer]]:
+    """Which scorers observe which blocks of the tower ("vision") or the decoder ("layer")."""
+    watched: dict[int, list[Scorer]] = {}
+    for stage in plan.at(kind):
+        if stage.scorer.queries is None:
+            continue
+        last = stage.site.index - (kind == "layer")
+        for block in range(0 if stage.scorer.accumulates else last, last + 1):
+            scorers = watched.setdefault(block, [])
+            # stages of one method share one memory, so one of them observes each block
+            if stage.scorer.name not in {s.name for s in scorers}:
+                scorers.append(stage.scorer)
+    return watched
+
+
+def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan], tower_stages: Sequence[Stage]) -> None:
+    """Check that this call can be pruned exactly.
+
+    Raises:
+        InputError: with what was given and what to do instead.
+    """
+    mask, cache = prompt.attention_mask, prompt.cache
+    if mask is not None and mask.ndim != 2:
+        raise InputError(
+            f"attention_mask must be 2-D [batch, length], got shape {tuple(mask.shape)}. A mask with more axes (also the "
+            "one a static cache makes) is tied to the unpruned length; pass the 2-D mask and a DynamicCache."
+        )
+    if cache is not None and getattr(cache, "is_compileable", False):
+        raise InputError(
+            f"the cache is a {type(cache).__name__}, whose layers have one fixed length; pruning needs a DynamicCache "
+            "(leave cache_implementation unset)."
+        )
+    if root.training and any(getattr(m, "gradient_checkpointing", False) for m in root.modules()):
+        raise InputError(
+            "activation (gradient) checkpointing runs layers a second time, when this call's pruning is gone. Call "
+            "model.activation_checkpointing_disable() (gradient_checkpointing_disable() in older releases) to train "
+            "with pruning."
+        )
+    counted = [s for s in tower_stages if isinstance(s.keep, int)]
+    if counted and prompt.images != sum(n > 0 for n in prompt.counts):
+        raise InputError(
+            f"keep={counted[-1].keep} counts tokens a sample, but the tower cuts before it is known which of the "
+            f"{prompt.images} images belong to which of the {len(prompt.counts)} prompts. With several images a prompt, "
+            "pass a fraction, such as keep=0.25."
+        )
+    if len({tuple(s.site for s in p.stages) for p in plans}) > 1:
+        raise PlanError("the plans of the samples have different sites; a batch needs one plan.")
+
+
+def check_drafts(plan: Plan, wanted: int) -> None:
+    """Refuse a prompt that comes with draft tokens behind it, if a scorer reads the prompt.
+
+    Assisted and prompt-lookup decoding send the first drafts together with the prompt and ask for the logits of all of
+    them; a scorer that reads the last prompt token would read a draft, and the kept set would depend on it.
+
+    Raises:
+        InputError: naming the methods that read the prompt.
+    """
+    readers = sorted({s.scorer.name for s in plan.stages if s.scorer.queries == "last" or s.scorer.reads_prompt})
+    if readers:
+        raise InputError(
+            f"logits_to_keep={wanted} on a prompt: assisted decoding sends draft tokens behind it, and "
+            f"{', '.join(readers)} would read a draft as the last prompt token. Generate without an assistant, or use a "
+            "method that does not read the prompt; to get several logits yourself, pass logits_to_keep=0 and slice."
+        )

@@ -1,0 +1,108 @@
+"""Attention weights of a few query rows over all keys, averaged over the heads.
+
+    A[b, r, n] = mean_h softmax_n( scaling * query[b, h, r] . key[b, h // G, n] )        G = H / Hkv
+
+Axes: B samples, H query heads, Hkv key heads, R query rows, N keys, V visual tokens, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import ShapeError
+from vtprune.kernels import pick
+
+__all__ = ["attention_rows", "attention_rows_reference"]
+
+# keys that are cast to fp32 at once when they come in half precision
+_CHUNK = 4096
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    *,
+    real: Tensor | None,
+    column: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """What the rows `query` attend to, in fp32 whatever the inputs' dtype.
+
+    There is no causal mask: the rows that methods read (the last prompt token, CLS, a mean query) see every key.
+    Memory O(H R N); the keys of a group are shared by its query heads and never repeated.
+
+    Args:
+        query: [B, H, R, d] after RoPE.
+        key: [B, Hkv, N, d] after RoPE; H is a multiple of Hkv.
+        scaling: factor of the logits, usually d ** -0.5.
+        real: [B, N] bool, False at padding keys, which weigh exactly 0 whatever they hold (NaN too); None if all are
+            real. A sample without any real key gets all zeros.
+        column: [B, V] int64 keys to read after the softmax; None reads all N.
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        [B, R, V], or [B, R, N] without `column`: weights that sum to 1 over the N keys.
+
+    Raises:
+        ShapeError: if shapes or dtypes do not fit.
+        UnknownNameError: if `impl` is not known.
+    """
+    run = pick(impl, {"torch": _attention_rows_torch, "reference": attention_rows_reference}, auto="torch")
+    _check(query, key, real, column)
+    return run(query, key, scaling, real, column)
+
+
+def _check(query: Tensor, key: Tensor, real: Tensor | None, column: Tensor | None) -> None:
+    shapes = f"query {list(query.shape)} and key {list(key.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ShapeError(f"query must be [B, H, R, d] and key [B, Hkv, N, d] with the same B and d, got {shapes}.")
+    if query.shape[1] % key.shape[1]:
+        raise ShapeError(f"query heads must be a multiple of key heads, got {query.shape[1]} and {key.shape[1]}.")
+    batch, length = key.shape[0], key.shape[2]
+    if real is not None and (real.dtype != torch.bool or real.shape != (batch, length)):
+        raise ShapeError(f"real must be bool [{batch}, {length}], got {real.dtype} {list(real.shape)}.")
+    if column is not None and (column.dtype != torch.int64 or column.dim() != 2 or column.shape[0] != batch):
+        raise ShapeError(f"column must be int64 [{batch}, V], got {column.dtype} {list(column.shape)}.")
+
+
+def attention_rows_reference(
+    query: Tensor, key: Tensor, scaling: float, real: Tensor | None = None, column: Tensor | None = None
+) -> Tensor:
+    """One sample, head and row at a time; arguments and result as in `attention_rows`."""
+    batch, heads, rows, _ = query.shape
+    group = heads // key.shape[1]
+    samples = []
+    for b in range(batch):
+        present = torch.ones(key.shape[2], dtype=torch.bool, device=key.device) if real is None else real[b]
+        keys = key[b].float()[:, present]
+        means = []
+        for r in range(rows):
+            weights = [torch.softmax(scaling * (keys[h // group] @ query[b, h, r].float()), 0) for h in range(heads)]
+            mean = torch.stack(weights).mean(0)
+            full = mean.new_zeros(key.shape[2]).masked_scatter(present, mean)
+            means.append(full if column is None else full[column[b]])
+        samples.append(torch.stack(means))
+    return torch.stack(samples)
+
+
+def _attention_rows_torch(
+    query: Tensor, key: Tensor, scaling: float, real: Tensor | None, column: Tensor | None
+) -> Tensor:
+    batch, heads, rows, width = query.shape
+    key_heads, length = key.shape[1], key.shape[2]
+    # query heads of one group become rows of one product, so that keys are read once and not repeated
+    grouped = (query.float() * scaling).reshape(batch, key_heads, heads // key_heads * rows, width)
+    chunks = key.split(length if key.dtype == torch.float32 else _CHUNK, dim=2)
+    logits = torch.cat([grouped @ chunk.float().transpose(2, 3) for chunk in chunks], dim=3)
+    if real is None:
+        weights = logits.softmax(3)
+    else:
+        absent = ~real[:, None, None, :]
+        # a finite fill, because a row of -inf alone would give NaN; the second fill makes its zeros exact
+        weights = logits.masked_fill(absent, torch.finfo(torch.float32).min).softmax(3).masked_fill(absent, 0.0)
+    mean = weights.reshape(batch, heads, rows, length).mean(1)
+    if column is None:
+        return mean
+    return mean.gather(2, column[:, None, :].expand(-1, rows, -1))

@@ -1,0 +1,73 @@
+"""Self-registration: a module in a walked folder registers its class, and nobody keeps a list by hand."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from vtprune.errors import UnknownNameError
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type[Any])
+
+__all__ = ["Registry"]
+
+
+class Registry(Generic[T]):
+    """Names to classes, filled the first time it is read by importing every module of `package`.
+
+    Args:
+        kind: noun used in messages, e.g. `"method"`.
+        package: dotted name of the package whose modules register themselves.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self._kind = kind
+        self._package = package
+        self._entries: dict[str, type[T]] = {}
+        self._walked = False
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Class decorator that files the class under `name`.
+
+        Raises:
+            ValueError: if another class already has this name.
+        """
+
+        def add(cls: C) -> C:
+            known = self._entries.get(name)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise ValueError(f"{self._kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+            self._entries[name] = cls
+            return cls
+
+        return add
+
+    def _walk(self) -> None:
+        if self._walked:
+            return
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")
+        self._walked = True
+
+    def __getitem__(self, name: str) -> type[T]:
+        """The class registered as `name`.
+
+        Raises:
+            UnknownNameError: with the closest registered name.
+        """
+        self._walk()
+        if name not in self._entries:
+            raise UnknownNameError(self._kind, name, self._entries)
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._walk()
+        return iter(sorted(self._entries))
+
+    def items(self) -> list[tuple[str, type[T]]]:
+        """All (name, class) pairs, sorted by name."""
+        return [(name, self[name]) for name in self]

@@ -1,0 +1,111 @@
+"""Report: what the last call kept and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vtprune.plan import Site
+
+__all__ = ["Kept", "Report"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one stage kept.
+
+    Attributes:
+        site: the stage's site; `str()` reads `vision[3]`, `input`, `layer[2]`.
+        indices: for each sample a LongTensor into its visual tokens in sequence order, increasing.
+        scores: for each sample an fp32 tensor beside `alive`, the tokens scored (in order), or None.
+        alive: for each sample the indices that were scored, or None.
+    """
+
+    site: Site
+    indices: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...] | None = None
+    alive: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one prefill kept and cost. FLOPs are 2 x multiply-accumulates of the batch as run, padding included.
+
+    Attributes:
+        visual_tokens: visual tokens of each sample.
+        text_tokens: real tokens of each sample that are not visual.
+        tokens_per_layer: for each sample, visual tokens that enter each decoder layer.
+        kept: one record a stage, in order.
+        flops, flops_full: decoder prefill without the output head, as run and unpruned.
+        vision_flops, vision_flops_full: tower and projector; 0 if they did not run in this call.
+        kv_bytes, kv_bytes_full: keys and values after the prefill.
+    """
+
+    visual_tokens: tuple[int, ...]
+    text_tokens: tuple[int, ...]
+    tokens_per_layer: tuple[tuple[int, ...], ...]
+    kept: tuple[Kept, ...]
+    flops: int
+    flops_full: int
+    vision_flops: int
+    vision_flops_full: int
+    kv_bytes: int
+    kv_bytes_full: int
+
+    @property
+    def average_tokens(self) -> tuple[float, ...]:
+        """Visual tokens that enter a decoder layer, averaged over the layers, for each sample."""
+        return tuple(sum(row) / len(row) for row in self.tokens_per_layer)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        if not any(self.visual_tokens):
+            return (
+                f"no visual tokens in the last call ({sum(self.text_tokens)} text tokens in "
+                f"{len(self.text_tokens)} sample(s)): nothing to prune, the model ran unchanged"
+            )
+        lines = []
+        for b, (total, average, row) in enumerate(
+            zip(self.visual_tokens, self.average_tokens, self.tokens_per_layer, strict=True)
+        ):
+            lines.append(f"sample {b}: {total} visual tokens, {average:.1f} a layer on average ({_runs(row)})")
+        for name, part, full in (
+            ("decoder prefill FLOPs", self.flops, self.flops_full),
+            ("vision FLOPs", self.vision_flops, self.vision_flops_full),
+            ("KV cache bytes", self.kv_bytes, self.kv_bytes_full),
+        ):
+            if full:
+                lines.append(f"{name}: {part:,} of {full:,} ({100 * part / full:.1f} %)")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; indices become lists."""
+        return {
+            "visual_tokens": list(self.visual_tokens),
+            "text_tokens": list(self.text_tokens),
+            "tokens_per_layer": [list(row) for row in self.tokens_per_layer],
+            "average_tokens": list(self.average_tokens),
+            "kept": [{"site": str(k.site), "indices": [i.tolist() for i in k.indices]} for k in self.kept],
+            "flops": self.flops,
+            "flops_full": self.flops_full,
+            "vision_flops": self.vision_flops,
+            "vision_flops_full": self.vision_flops_full,
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_full": self.kv_bytes_full,
+        }
+
+
+def _runs(row: tuple[int, ...]) -> str:
+    """(576, 576, 64, 64) -> 'layers 0-1: 576, 2-3: 64'."""
+    parts, start = [], 0
+    for i in range(1, len(row) + 1):
+        if i == len(row) or row[i] != row[start]:
+            span = f"{start}-{i - 1}" if i - 1 > start else f"{start}"
+            parts.append(f"{span}: {row[start]}")
+            start = i
+    return "layers " + ", ".join(parts)

@@ -74,7 +74,9 @@ def _weights(tower: str, decoder: str) -> dict[str, Tensor]:
 
 def llava(attention: str = "sdpa", tower: str = "clip", decoder: str = "llama") -> LlavaForConditionalGeneration:
     """A fresh random model in eval mode, the same weights every time."""
-    model = LlavaForConditionalGeneration._from_config(copy.deepcopy(config(tower, decoder)), attn_implementation=attention)
+    model = LlavaForConditionalGeneration._from_config(
+        copy.deepcopy(config(tower, decoder)), attn_implementation=attention
+    )
     model.load_state_dict(_weights(tower, decoder))
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
+from models import IMAGE
 from torch import Tensor, nn
 
-from models import IMAGE
 from vtprune import Report
 
 

@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
+from models import IMAGE, LAYERS, TOKENS, VOCAB, Row, batch, llava
+from oracle import hidden_keys, masked
 from torch import Tensor
 from transformers import DynamicCache
 
 import vtprune
-from models import IMAGE, LAYERS, TOKENS, VOCAB, Row, batch, llava
-from oracle import hidden_keys, masked
 
 ROWS = (Row(1, 3, 5, 0), Row(1, 1, 4, 1))
 METHODS = ["uniform", "fastv"]
@@ -177,7 +177,10 @@ def test_static_cache_is_refused_before_the_decoder_runs(method: str) -> None:
     model, inputs = llava(), batch(Row())
     ran = []
     handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: ran.append(1))
-    with vtprune.prune(model, method, 0.4), pytest.raises(vtprune.InputError, match="StaticCache, whose layers have one fixed length"):
+    with (
+        vtprune.prune(model, method, 0.4),
+        pytest.raises(vtprune.InputError, match="StaticCache, whose layers have one fixed length"),
+    ):
         model.generate(**inputs, max_new_tokens=4, cache_implementation="static")
     handle.remove()
     assert not ran

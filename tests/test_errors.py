@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from models import IMAGE, TOKENS, Row, batch, llava
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 import vtprune
-from models import IMAGE, TOKENS, Row, batch, llava
 from vtprune.contract import Scorer, TokenView
 from vtprune.errors import HostContractError, SessionError, UnknownNameError
 
@@ -51,7 +51,7 @@ def test_wrong_keep(model: LlavaForConditionalGeneration, keep: object, message:
 def test_keep_and_flops_exclude_each_other(model: LlavaForConditionalGeneration) -> None:
     with pytest.raises(vtprune.BudgetError, match=r"got keep=5 and flops=0\.3"):
         vtprune.prune(model, "uniform", 5, flops=0.3)
-    with pytest.raises(vtprune.BudgetError, match="basis must be 'average' or 'final'.*got 'middle'"):
+    with pytest.raises(vtprune.BudgetError, match=r"basis must be 'average' or 'final'.*got 'middle'"):
         vtprune.prune(model, "uniform", 5, basis="middle")
     with pytest.raises(vtprune.BudgetError, match=r"flops must be a share in \(0, 1\].*got 30"):
         vtprune.prune(model, "uniform", flops=30)
@@ -73,15 +73,17 @@ def test_impossible_budget_names_the_floor_and_the_knob(model: LlavaForCondition
 
 
 def test_unknown_method_suggests(model: LlavaForConditionalGeneration) -> None:
-    with pytest.raises(UnknownNameError, match="Unknown method 'fastvv'. Did you mean 'fastv'\\? Available: .*flowcut"):
+    with pytest.raises(UnknownNameError, match=r"Unknown method 'fastvv'. Did you mean 'fastv'\? Available: .*flowcut"):
         vtprune.prune(model, "fastvv", 5)
     with pytest.raises(vtprune.PlanError, match="got 7"):
         vtprune.prune(model, 7, 5)
 
 
 def test_unsupported_models() -> None:
-    text = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50))
-    with pytest.raises(vtprune.UnsupportedModelError, match="no family serves model_type 'llama'. Supported: llava"):
+    text = LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    )
+    with pytest.raises(vtprune.UnsupportedModelError, match=r"no family serves model_type 'llama'. Supported: llava"):
         vtprune.prune(text, "uniform", 5)
     with pytest.raises(vtprune.UnsupportedModelError, match="got str"):
         vtprune.prune("llava-hf/llava-1.5-7b-hf", "uniform", 5)
@@ -123,7 +125,9 @@ def test_image_tokens_without_an_image(model: LlavaForConditionalGeneration) -> 
 
 def test_image_without_image_tokens(model: LlavaForConditionalGeneration) -> None:
     inputs = batch(Row(0))
-    run(model, {**inputs, "pixel_values": Row(1).pixels()}, r"have 0 image tokens in all \(\[0\] a sample\) but 1 image")
+    run(
+        model, {**inputs, "pixel_values": Row(1).pixels()}, r"have 0 image tokens in all \(\[0\] a sample\) but 1 image"
+    )
 
 
 def test_image_token_count_mismatch(model: LlavaForConditionalGeneration) -> None:
@@ -141,7 +145,11 @@ def test_image_split_between_prompts(model: LlavaForConditionalGeneration) -> No
 
 
 def test_empty_batch(model: LlavaForConditionalGeneration) -> None:
-    run(model, {"input_ids": torch.zeros(0, 12, dtype=torch.long)}, r"at least one sample, got an input of shape \(0, 12\)")
+    run(
+        model,
+        {"input_ids": torch.zeros(0, 12, dtype=torch.long)},
+        r"at least one sample, got an input of shape \(0, 12\)",
+    )
 
 
 def test_keep_larger_than_the_image(model: LlavaForConditionalGeneration) -> None:
@@ -190,7 +198,9 @@ def test_gradient_checkpointing_is_refused(model: LlavaForConditionalGeneration)
 def test_nested_sessions_and_reports_too_early(model: LlavaForConditionalGeneration) -> None:
     other = llava()
     with vtprune.prune(model, "uniform", 5) as session:
-        with pytest.raises(SessionError, match=r"already pruned by Session\(LlavaForConditionalGeneration: uniform at input"):
+        with pytest.raises(
+            SessionError, match=r"already pruned by Session\(LlavaForConditionalGeneration: uniform at input"
+        ):
             vtprune.prune(model, "fastv", 0.4)
         with pytest.raises(SessionError, match="already pruned"):
             vtprune.prune(model.model, "fastv", 0.4)
@@ -199,7 +209,7 @@ def test_nested_sessions_and_reports_too_early(model: LlavaForConditionalGenerat
         with vtprune.prune(other, "random", 3) as second:
             model(**batch(Row()))
             other(**batch(Row()))
-            assert session.report.average_tokens == (5.0,) and second.report.average_tokens == (3.0,)
+            assert (session.report.average_tokens, second.report.average_tokens) == ((5.0,), (3.0,))
     vtprune.prune(model, "fastv", 0.4).remove()
 
 
@@ -214,7 +224,10 @@ def test_another_batch_size_over_a_pruned_cache(model: LlavaForConditionalGenera
 def test_unknown_per_token_argument_names_itself(model: LlavaForConditionalGeneration) -> None:
     inputs = batch(Row())
     extra = torch.zeros(1, inputs["input_ids"].shape[1])
-    with vtprune.prune(model, "uniform", 5), pytest.raises(HostContractError, match="was passed 'token_colour' of shape"):
+    with (
+        vtprune.prune(model, "uniform", 5),
+        pytest.raises(HostContractError, match="was passed 'token_colour' of shape"),
+    ):
         model(**inputs, token_colour=extra)
 
 
@@ -225,7 +238,11 @@ def test_unknown_per_token_argument_names_itself(model: LlavaForConditionalGener
         (vtprune.Site("vision", 5), vtprune.Uniform(), r"vision\[5\] is too late.*last cut is vision\[4\]"),
         (vtprune.Site("input"), vtprune.FastV(), "fastv reads attention, which does not exist yet at 'input'"),
         (vtprune.Site("layer", 2), vtprune.FlowCut(), r"flowcut reads the 'cls' query .* cannot cut at layer\[2\]"),
-        (vtprune.Site("vision", 1), vtprune.FastV(), r"fastv reads the last prompt token; it cannot cut at vision\[1\]"),
+        (
+            vtprune.Site("vision", 1),
+            vtprune.FastV(),
+            r"fastv reads the last prompt token; it cannot cut at vision\[1\]",
+        ),
         (vtprune.Site("vision", 1), vtprune.Pool(), r"pool merges tokens, which vision\[1\] cannot"),
     ],
 )
@@ -243,7 +260,10 @@ def test_a_scorer_that_keeps_the_wrong_number_is_caught(model: LlavaForCondition
             return view.valid
 
     plan = vtprune.Plan((vtprune.Stage(vtprune.Site("input"), Greedy(), 5),))
-    with vtprune.prune(model, plan), pytest.raises(vtprune.PlanError, match=r"kept \[16\] tokens .* but \[5\] were asked"):
+    with (
+        vtprune.prune(model, plan),
+        pytest.raises(vtprune.PlanError, match=r"kept \[16\] tokens .* but \[5\] were asked"),
+    ):
         model(**batch(Row()))
 
 

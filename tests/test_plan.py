@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from models import TOKENS, Row, batch, config, llava
 
 import vtprune
-from models import TOKENS, Row, batch, config, llava
 from vtprune.budget import Budget, Geometry, parse_keep, scale_depth
 from vtprune.cost import plan_cost
 from vtprune.errors import PlanError, UnknownNameError
@@ -84,12 +84,22 @@ def test_saved_plan_runs_like_the_method(tmp_path: Path) -> None:
     with vtprune.prune(model, Plan.load(tmp_path / "plan.json")) as session:
         assert (model(**inputs).logits == want).all()
         for a, b in zip(kept, session.report.kept, strict=True):
-            assert a.site == b.site and a.indices[0].tolist() == b.indices[0].tolist()
+            assert (a.site, a.indices[0].tolist()) == (b.site, b.indices[0].tolist())
 
 
 @pytest.mark.parametrize(
     ("keep", "total", "want"),
-    [(0.1, 10, 1), (1 / 9, 256, 28), (1 / 16, 256, 16), (0.5, 3, 2), (0.001, 16, 1), (1.0, 7, 7), (7, 7, 7), (0.3, 0, 0), (5, 0, 0)],
+    [
+        (0.1, 10, 1),
+        (1 / 9, 256, 28),
+        (1 / 16, 256, 16),
+        (0.5, 3, 2),
+        (0.001, 16, 1),
+        (1.0, 7, 7),
+        (7, 7, 7),
+        (0.3, 0, 0),
+        (5, 0, 0),
+    ],
 )
 def test_counts_round_half_up_and_never_to_zero(keep: float, total: int, want: int) -> None:
     assert resolve_count(keep, total) == want
@@ -100,7 +110,7 @@ def test_counts_round_half_up_and_never_to_zero(keep: float, total: int, want: i
 )
 def test_budgets_as_text(text: str | int, want: float) -> None:
     value = parse_keep(text)
-    assert value == want and type(value) is type(want)
+    assert (value, type(value)) == (want, type(want))
 
 
 def test_scale_depth() -> None:
@@ -137,7 +147,8 @@ def test_composition_counts_what_earlier_methods_leave() -> None:
     first = vtprune.Uniform().plan(shape, Budget(288))
     both = first + vtprune.FastV().plan(shape.after(first), Budget(64))
     tokens = both.tokens_per_layer(shape.entering, 576)
-    assert tokens[:2] == (288, 288) and tokens[2] < 64
+    assert tokens[:2] == (288, 288)
+    assert tokens[2] < 64
     assert abs(sum(tokens) / 32 - 64) <= 0.5
 
 

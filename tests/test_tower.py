@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-
-import vtprune
 from models import LAYERS, TOKENS, Row, batch, llava
 from oracle import hidden_keys, masked, tower_features, tower_hidden
+
+import vtprune
 
 ROWS = (Row(1, 3, 5, 0), Row(0, 2, 9, 2), Row(1, 1, 4, 1), Row(1, 6, 2, 3))
 BLOCKS = 7
@@ -93,7 +93,10 @@ def test_features_encoded_by_hand_take_the_same_way() -> None:
 def test_features_encoded_before_prune_are_refused() -> None:
     model, inputs = llava(), batch(Row())
     encoded = model.get_image_features(inputs.pop("pixel_values"))
-    with vtprune.prune(model, "flowcut", 5), pytest.raises(vtprune.InputError, match=r"hold \[16\] tokens a sample instead of \[5\]"):
+    with (
+        vtprune.prune(model, "flowcut", 5),
+        pytest.raises(vtprune.InputError, match=r"hold \[16\] tokens a sample instead of \[5\]"),
+    ):
         model(**inputs, mm_encoder_outputs={"image": encoded})
 
 
@@ -111,7 +114,10 @@ def test_fraction_gives_each_image_of_a_prompt_its_share() -> None:
 def test_count_with_several_images_a_prompt_is_refused(call: str) -> None:
     model, inputs = llava(), batch(Row(3, 2, 3, 0), Row(1, 2, 3, 1))
     run = model if call == "forward" else partial(model.generate, max_new_tokens=2)
-    with vtprune.prune(model, "flowcut", 5), pytest.raises(vtprune.InputError, match=r"keep=5 .* 4 images .* 2 prompts"):
+    with (
+        vtprune.prune(model, "flowcut", 5),
+        pytest.raises(vtprune.InputError, match=r"keep=5 .* 4 images .* 2 prompts"),
+    ):
         run(**inputs)
 
 

@@ -1,9 +1,9 @@
 """vtprune: prune the visual tokens of Hugging Face vision-language models, exactly.
 
-    session = vtprune.prune(model, "fastv", keep=0.25)
-    out = model.generate(**inputs)
-    print(session.report)
-    session.remove()
+session = vtprune.prune(model, "fastv", keep=0.25)
+out = model.generate(**inputs)
+print(session.report)
+session.remove()
 """
 
 from __future__ import annotations

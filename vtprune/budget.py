@@ -108,7 +108,8 @@ def parse_keep(keep: int | float | str) -> int | float:
             raise BudgetError(f"keep must be {legal}, got {keep!r}.") from error
     else:
         value = keep
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # callers without a type checker pass anything here
+    if isinstance(value, bool) or not isinstance(value, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BudgetError(f"keep must be {legal}, got {keep!r} ({type(keep).__name__}).")
     if isinstance(value, float) and not (math.isfinite(value) and 0.0 < value <= 1.0):
         hint = f" For {int(value)} tokens write the int {int(value)}." if math.isfinite(value) and value > 1 else ""
@@ -132,7 +133,9 @@ class Budget:
     basis: Basis = "average"
 
     @classmethod
-    def make(cls, keep: int | float | str | None = None, *, basis: str = "average", flops: float | None = None) -> Budget:
+    def make(
+        cls, keep: int | float | str | None = None, *, basis: str = "average", flops: float | None = None
+    ) -> Budget:
         """Validate what the user wrote.
 
         Raises:
@@ -143,7 +146,7 @@ class Budget:
         if flops is not None:
             if keep is not None:
                 raise BudgetError(f"give keep or flops, not both, got keep={keep!r} and flops={flops!r}.")
-            if isinstance(flops, bool) or not isinstance(flops, (int, float)) or not 0.0 < flops <= 1.0:
+            if isinstance(flops, bool) or not 0.0 < flops <= 1.0:
                 raise BudgetError(f"flops must be a share in (0, 1] of the unpruned prefill, got {flops!r}.")
             return cls(float(flops), "flops")
         return cls(None if keep is None else parse_keep(keep), basis)  # type: ignore[arg-type]
@@ -159,7 +162,9 @@ class Budget:
             return "adaptive"
         amount = f"{self.value:.4g} of the" if isinstance(self.value, float) else f"{self.value}"
         what = "unpruned prefill FLOPs" if self.basis == "flops" else "visual tokens"
-        how = {"average": " averaged over the decoder layers", "final": " after the last stage", "flops": ""}[self.basis]
+        how = {"average": " averaged over the decoder layers", "final": " after the last stage", "flops": ""}[
+            self.basis
+        ]
         return f"{amount} {what}{how}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ Memory = dict[str, Tensor]
 """Per-token running signals of one call, each [B, V]; the engine gathers them whenever tokens are dropped."""
 
 Queries = Literal["last", "cls", "mean"]
-"""Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean over all real tokens."""
+"""Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean of real tokens."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def top_k_mask(scores: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
     ranked = ranked.masked_fill(~valid, float("-inf"))
     # invalid tokens lie at the end of the axis, so a stable sort never prefers them to a valid -inf
     order = ranked.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return (rank < keep[:, None]) & valid
 
 
@@ -186,7 +188,9 @@ class Scorer:
     def require(self, budget: Budget) -> Budget:
         """`budget`, or a BudgetError if none was given."""
         if budget.value is None:
-            raise BudgetError(f"{self.name} needs a budget: pass keep=64 (tokens), keep=0.25 (a fraction) or flops=0.3.")
+            raise BudgetError(
+                f"{self.name} needs a budget: pass keep=64 (tokens), keep=0.25 (a fraction) or flops=0.3."
+            )
         return budget
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,8 +210,7 @@ class Scorer:
         known = {f.name for f in dataclasses.fields(cls)}
         if not set(fields) <= known:
             raise PlanError(f"{cls.name} has the knobs {sorted(known)}, got {sorted(set(fields) - known)} beside them.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        return cls(**{k: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 METHODS: Registry[Scorer] = Registry("method", "vtprune.scorers")
-

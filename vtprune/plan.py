@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from vtprune.errors import PlanError
 
@@ -103,7 +103,9 @@ class Stage:
         if self.positions not in ("keep", "compact"):
             raise PlanError(f"positions must be 'keep' or 'compact', got {self.positions!r} at {self.site}.")
         if self.positions == "compact" and self.site.kind == "vision":
-            raise PlanError(f"positions='compact' has no meaning at {self.site}: set it on an 'input' or 'layer' stage.")
+            raise PlanError(
+                f"positions='compact' has no meaning at {self.site}: set it on an 'input' or 'layer' stage."
+            )
 
     def count(self, total: int) -> int:
         """Survivors out of `total` original visual tokens (the final target, if the stage is adaptive)."""
@@ -130,7 +132,9 @@ class Stage:
 
         known = {"site", "scorer", "keep", "adaptive", "positions"}
         if not {"site", "scorer", "keep"} <= set(data) <= known:
-            raise PlanError(f"a stage has the fields {sorted(known)} (site, scorer, keep required), got {sorted(data)}.")
+            raise PlanError(
+                f"a stage has the fields {sorted(known)} (site, scorer, keep required), got {sorted(data)}."
+            )
         rest = {k: data[k] for k in ("adaptive", "positions") if k in data}
         return cls(Site.parse(data["site"]), Scorer.from_dict(data["scorer"]), data["keep"], **rest)
 
@@ -202,9 +206,9 @@ class Plan:
             PlanError: if the file is not JSON or not a plan.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise PlanError(f"{path} is not JSON: {error}. Expected a file written by Plan.save().") from error
         if not isinstance(data, dict):
             raise PlanError(f"{path} holds a {type(data).__name__}, expected a plan object.")
-        return cls.from_dict(data)
+        return cls.from_dict(cast("dict[str, Any]", data))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from vtprune.errors import UnknownNameError
 
@@ -39,8 +39,10 @@ class Registry(Generic[T]):
         def add(cls: C) -> C:
             known = self._entries.get(name)
             if known is not None and known.__qualname__ != cls.__qualname__:
-                raise ValueError(f"{self._kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}")
-            self._entries[name] = cls
+                raise ValueError(
+                    f"{self._kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}"
+                )
+            self._entries[name] = cast("type[T]", cls)
             return cls
 
         return add

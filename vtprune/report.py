@@ -66,7 +66,7 @@ class Report:
                 f"no visual tokens in the last call ({sum(self.text_tokens)} text tokens in "
                 f"{len(self.text_tokens)} sample(s)): nothing to prune, the model ran unchanged"
             )
-        lines = []
+        lines: list[str] = []
         for b, (total, average, row) in enumerate(
             zip(self.visual_tokens, self.average_tokens, self.tokens_per_layer, strict=True)
         ):
@@ -90,7 +90,7 @@ class Report:
             "text_tokens": list(self.text_tokens),
             "tokens_per_layer": [list(row) for row in self.tokens_per_layer],
             "average_tokens": list(self.average_tokens),
-            "kept": [{"site": str(k.site), "indices": [i.tolist() for i in k.indices]} for k in self.kept],
+            "kept": [{"site": str(k.site), "indices": [[int(j) for j in i] for i in k.indices]} for k in self.kept],
             "flops": self.flops,
             "flops_full": self.flops_full,
             "vision_flops": self.vision_flops,
@@ -102,7 +102,8 @@ class Report:
 
 def _runs(row: tuple[int, ...]) -> str:
     """(576, 576, 64, 64) -> 'layers 0-1: 576, 2-3: 64'."""
-    parts, start = [], 0
+    parts: list[str] = []
+    start = 0
     for i in range(1, len(row) + 1):
         if i == len(row) or row[i] != row[start]:
             span = f"{start}-{i - 1}" if i - 1 > start else f"{start}"

@@ -69,7 +69,7 @@ class Step:
         self._parts = parts
         self._record = record
         self._mask: Tensor | None = None
-        self._position: Tensor | None = None
+        self._position = torch.empty(0, dtype=torch.long)
         self._ready: dict[int, GroupInputs] = {}
 
     def text(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +120,6 @@ class Step:
             )
         embeddings, position = arguments["position_embeddings"], arguments.get("position_ids")
         if group.lag is not None and group.lag is not self._record.groups[0].lag:
-            position = self._position - group.lag[:, None]  # type: ignore[operator]
+            position = self._position - group.lag[:, None]
             embeddings = self._parts.rotary(hidden, position_ids=position)
         return GroupInputs(mask, position, embeddings)

@@ -88,7 +88,7 @@ class Planner:
         return plan
 
 
-def _as_list(methods: str | Scorer | Sequence[str | Scorer]) -> list[str | Scorer]:
+def _as_list(methods: Any) -> list[str | Scorer]:
     if isinstance(methods, (str, Scorer)):
         return [methods]
     if not isinstance(methods, Sequence) or not methods:
@@ -111,7 +111,8 @@ def _budgets(methods: list[Scorer], keep: Any, basis: str, flops: float | None) 
         keeps = list(keep)
     elif len(methods) > 1 and keep is not None and keep != 1.0:
         raise BudgetError(
-            f"{len(methods)} methods need a list of budgets in the same order, such as keep=[288, 64], got keep={keep!r}."
+            f"{len(methods)} methods need a list of budgets in the same order, such as keep=[288, 64], got "
+            f"keep={keep!r}."
         )
     else:
         keeps = [keep] * len(methods)

@@ -179,9 +179,7 @@ class Session:
     def _plans(self, prompt: Prompt) -> list[Plan]:
         each = self.geometry.visual_tokens
         text = real_positions(prompt).sum(1).tolist() if self._planner.needs_text else prompt.counts
-        return [
-            self._planner.plan_for(n, t - n, max(1, n // each)) for n, t in zip(prompt.counts, text, strict=True)
-        ]
+        return [self._planner.plan_for(n, t - n, max(1, n // each)) for n, t in zip(prompt.counts, text, strict=True)]
 
     def _after_root(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         calls = self._calls

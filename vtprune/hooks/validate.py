@@ -28,12 +28,12 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
             raise PlanError(f"{site} is outside the decoder, which has layers 0 to {geometry.layers - 1}.")
         if site.kind == "vision":
             if geometry.vision is None:
-                raise UnsupportedModelError(f"family {geometry.family!r} has no vision stages; {site} cannot be used.")
+                raise UnsupportedModelError(f"family {geometry.family!r} has no vision stages, got {site}.")
             last = geometry.vision.feature_block - 1
             if site.index > last:
                 raise PlanError(
-                    f"{site} is too late: the projector reads block {geometry.vision.feature_block}, so the last cut is "
-                    f"vision[{last}]."
+                    f"{site} is too late: the projector reads block {geometry.vision.feature_block}, so the last cut "
+                    f"is vision[{last}]."
                 )
             if scorer.merges:
                 raise PlanError(f"{scorer.name} merges tokens, which {site} cannot; use it at 'input' or 'layer[k]'.")
@@ -69,8 +69,8 @@ def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan], tower_sta
     mask, cache = prompt.attention_mask, prompt.cache
     if mask is not None and mask.ndim != 2:
         raise InputError(
-            f"attention_mask must be 2-D [batch, length], got shape {tuple(mask.shape)}. A mask with more axes (also the "
-            "one a static cache makes) is tied to the unpruned length; pass the 2-D mask and a DynamicCache."
+            f"attention_mask must be 2-D [batch, length], got shape {tuple(mask.shape)}. A mask with more axes (also "
+            "the one a static cache makes) is tied to the unpruned length; pass the 2-D mask and a DynamicCache."
         )
     if cache is not None and getattr(cache, "is_compileable", False):
         raise InputError(
@@ -87,8 +87,8 @@ def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan], tower_sta
     if counted and prompt.images != sum(n > 0 for n in prompt.counts):
         raise InputError(
             f"keep={counted[-1].keep} counts tokens a sample, but the tower cuts before it is known which of the "
-            f"{prompt.images} images belong to which of the {len(prompt.counts)} prompts. With several images a prompt, "
-            "pass a fraction, such as keep=0.25."
+            f"{prompt.images} images belong to which of the {len(prompt.counts)} prompts. With several images a "
+            "prompt, pass a fraction, such as keep=0.25."
         )
     if len({tuple(s.site for s in p.stages) for p in plans}) > 1:
         raise PlanError("the plans of the samples have different sites; a batch needs one plan.")
@@ -107,6 +107,6 @@ def check_drafts(plan: Plan, wanted: int) -> None:
     if readers:
         raise InputError(
             f"logits_to_keep={wanted} on a prompt: assisted decoding sends draft tokens behind it, and "
-            f"{', '.join(readers)} would read a draft as the last prompt token. Generate without an assistant, or use a "
-            "method that does not read the prompt; to get several logits yourself, pass logits_to_keep=0 and slice."
+            f"{', '.join(readers)} would read a draft as the last prompt token. Generate without an assistant, or use "
+            "a method that does not read the prompt; to get several logits yourself, pass logits_to_keep=0 and slice."
         )

@@ -60,7 +60,7 @@ class Llava(Family):
         text, vision = config.text_config, config.vision_config
         if text.model_type not in _DECODERS:
             raise UnsupportedModelError(
-                f"llava with a {text.model_type!r} decoder is not supported; supported decoders: {', '.join(_DECODERS)}."
+                f"llava with a {text.model_type!r} decoder is not supported; supported: {', '.join(_DECODERS)}."
             )
         if vision.model_type not in _TOWERS:
             raise UnsupportedModelError(
@@ -70,20 +70,20 @@ class Llava(Family):
             text.model_type == "mistral" and text.sliding_window is not None
         ):
             raise UnsupportedModelError(
-                f"llava with sliding-window attention (window {text.sliding_window}) is not supported: a window counts "
-                "positions that pruning removes. Set text_config.sliding_window=None if prompts stay shorter than it."
+                f"llava with sliding-window attention (window {text.sliding_window}) is not supported: a window "
+                "counts positions that pruning removes. Set text_config.sliding_window=None if prompts stay shorter."
             )
         has_cls = _TOWERS[vision.model_type]
         wanted = "default" if has_cls else "full"
         if config.vision_feature_select_strategy != wanted:
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {vision.model_type} "
-                f"tower does not give one token a patch; only {wanted!r} is supported with this tower."
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a "
+                f"{vision.model_type} tower does not give one token a patch; use {wanted!r} with this tower."
             )
         if not isinstance(config.vision_feature_layer, int):
             raise UnsupportedModelError(
-                f"vision_feature_layer must be one layer, got {config.vision_feature_layer}: features of several layers "
-                "cannot be pruned consistently."
+                f"vision_feature_layer must be one layer, got {config.vision_feature_layer}: features of several "
+                "layers cannot be pruned consistently."
             )
         layer, blocks = config.vision_feature_layer, vision.num_hidden_layers
         side = vision.image_size // vision.patch_size
@@ -170,8 +170,8 @@ class Llava(Family):
         odd = [b for b, n in enumerate(placeholders) if n % each]
         if odd:
             raise InputError(
-                f"sample {odd[0]} has {placeholders[odd[0]]} image tokens, which is not a multiple of the {each} tokens "
-                "of one image. Do not split a prompt inside an image (prefill_chunk_size must be None)."
+                f"sample {odd[0]} has {placeholders[odd[0]]} image tokens, which is not a multiple of the {each} "
+                "tokens of one image. Do not split a prompt inside an image (prefill_chunk_size must be None)."
             )
 
     def layout(self, prompt: Prompt, real: Tensor) -> Layout:

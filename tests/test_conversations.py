@@ -268,3 +268,13 @@ def test_streaming_sees_the_same_tokens() -> None:
         model.generate(**inputs, max_new_tokens=6, do_sample=False, streamer=streamer)
     assert streamer.tokens[-7:-1] == want[0, -6:].tolist()
     assert streamer.tokens[-1] == VOCAB
+
+
+@pytest.mark.parametrize("method", ["uniform", "fastv", "flowcut"])
+@torch.no_grad()
+def test_embeddings_with_placeholders_take_the_same_way_as_ids(method: str) -> None:
+    model, inputs = llava(), batch(*ROWS)
+    with vtprune.prune(model, method, 0.4):
+        want = model(**inputs).logits
+        embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+        assert torch.equal(model(inputs_embeds=embeds, **inputs).logits, want)

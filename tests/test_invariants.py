@@ -182,6 +182,34 @@ def test_compact_positions_equal_a_prompt_without_the_dropped_tokens(method: str
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", BACKENDS)
+@torch.no_grad()
+def test_compact_positions_from_a_layer_on_equal_the_oracle(attention: str) -> None:
+    """Layers from 2 on: keys hidden, and rotary angles of the sequence renumbered without them, at every step."""
+    model, inputs = llava(attention), batch(Row())
+    with vtprune.prune(model, vtprune.FastV(layer=2, positions="compact"), 0.6) as session:
+        out = model.generate(**inputs, **GREEDY)
+        report = session.report
+    hidden = hidden_keys(report, inputs["input_ids"], LAYERS)
+    text = model.model.language_model
+    gone, handles = hidden[2], []
+
+    def renumber(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        position = kwargs["position_ids"]
+        shift = gone.cumsum(1) if position.shape[1] == gone.shape[1] else gone.sum(1, keepdim=True)
+        return args, {**kwargs, "position_embeddings": text.rotary_emb(args[0], position_ids=position - shift)}
+
+    for layer in text.layers[2:]:
+        handles.append(layer.register_forward_pre_hook(renumber, with_kwargs=True))
+    with masked(model, hidden):
+        ref = model.generate(**inputs, **GREEDY)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(out.sequences, ref.sequences)
+    for got, want in zip(out.scores, ref.scores, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 def snapshot(model: nn.Module) -> dict:
     """Every attribute, hook and config object of every module, by identity."""
     state = {}

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vtprune.contract import Memory, Scorer, TokenView
+from vtprune.contract import AttentionView, Memory, Scorer, TokenView
 from vtprune.errors import PlanError
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.layout import Layout
 from vtprune.plan import Site, Stage
 
-__all__ = ["Alive", "Cut", "cut_counts", "make_cut"]
+__all__ = ["Alive", "Cut", "cut_counts", "make_cut", "observe_all"]
 
 
 @dataclass
@@ -85,6 +85,14 @@ def cut_counts(stage: Stage, totals: Sequence[int], alive: Sequence[int]) -> lis
     return [min(stage.count(total), now) for total, now in zip(totals, alive, strict=True)]
 
 
+@torch.no_grad()
+def observe_all(scorers: Sequence[Scorer], view: AttentionView, alive: Alive) -> None:
+    """Let scorers read a block. Choices are indices, so no gradient passes through what they are made from."""
+    for scorer in scorers:
+        alive.memory[scorer.name] = scorer.observe(view, alive.memory.get(scorer.name, {}))
+
+
+@torch.no_grad()
 def make_cut(
     stage: Stage,
     alive: Alive,

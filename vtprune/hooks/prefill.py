@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask
 
 from vtprune.contract import AttentionView, Scorer
 from vtprune.errors import InputError
-from vtprune.hooks.alive import Alive, Cut, cut_counts, make_cut
+from vtprune.hooks.alive import Alive, Cut, cut_counts, make_cut, observe_all
 from vtprune.hooks.cache import CacheRecord, Group, physical_length, record_of
 from vtprune.hooks.call import GroupInputs, check_per_token
 from vtprune.hooks.families.base import Parts, Prompt
@@ -181,8 +181,7 @@ class Prefill:
             query_value=row(value, last + past),
             has_cls=False,
         )
-        for scorer in scorers:
-            self.alive.memory[scorer.name] = scorer.observe(view, self.alive.memory.get(scorer.name, {}))
+        observe_all(scorers, view, self.alive)
 
     # after the decoder
 

@@ -21,7 +21,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from vtprune.budget import VisionGeometry
 from vtprune.contract import AttentionView, Scorer
-from vtprune.hooks.alive import Alive, cut_counts, make_cut
+from vtprune.hooks.alive import Alive, cut_counts, make_cut, observe_all
 from vtprune.hooks.call import check_per_token
 from vtprune.hooks.families.base import Parts
 from vtprune.kernels.keep_tokens import keep_tokens
@@ -142,8 +142,7 @@ class TowerCall:
             query_value=values,
             has_cls=bool(first),
         )
-        for scorer in scorers:
-            alive.memory[scorer.name] = scorer.observe(view, alive.memory.get(scorer.name, {}))
+        observe_all(scorers, view, alive)
 
     def features(self, projected: Tensor) -> Tensor:
         """[B, V, D] projector output -> [B, N, D] with the departed marked (see the module's docstring)."""

@@ -1,0 +1,53 @@
+# make run       accuracy against budget on the embedded model: table, plot, report   (FAST=1: a smaller subset)
+# make test      default tests           make test-slow   the slow ones
+# make lint      ruff check and format   make types       pyright
+# make bench     speed and memory
+# Every target sets up .venv by itself the first time and whenever pyproject.toml changes.
+
+PYTHON ?= python3
+# torch and torchvision only fit in matching pairs, so both are pinned, and first: a later "torch>=" is then satisfied.
+# For another pair (a CPU build, say): make setup TORCH="torch==2.9.1 torchvision==0.24.1"
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+# --no-deps: lmms-eval asks for 49 packages, about 1 GB; the part used here needs those of the extra eval-light
+LMMS_EVAL ?= lmms-eval==0.7.3
+OUT ?= runs
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: run test test-slow lint types bench setup clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval-light]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps '$(LMMS_EVAL)'
+	touch $@
+
+run: $(STAMP)
+	$(BIN)/vtprune eval --out $(OUT)/latest $(if $(filter 1,$(FAST)),--fast) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/vtprune bench --model random:llama-0.3b --methods all --keeps 1/3,2/9,1/9 --out $(OUT)/bench.jsonl $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist

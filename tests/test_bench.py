@@ -1,0 +1,218 @@
+"""Timing on callables with known behaviour, and the whole bench on a preset of toy size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vtprune
+from vtprune.bench import timing
+from vtprune.bench.measure import Prefill, cache_bytes, peak_bytes, shared_copy
+from vtprune.bench.runner import BenchConfig, run_bench
+from vtprune.bench.table import bench_table
+from vtprune.bench.timing import interleaved_medians, summarise
+from vtprune.errors import InputError, UnsupportedModelError
+from vtprune.presets import build_random, random_inputs
+
+
+class _Clock:
+    """A clock that only the callables move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def run(self, name: str, *seconds: float) -> Any:
+        left = list(seconds)
+
+        def call() -> None:
+            self.calls.append(name)
+            self.now += left.pop(0)
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(timing, "timer", clock)
+    return clock
+
+
+def test_median_and_percentiles_leave_the_warm_up_out(clock: _Clock) -> None:
+    result = interleaved_medians({"a": clock.run("a", 100.0, 5.0, 1.0, 2.0, 3.0, 4.0)}, rounds=5, warmup=1)["a"]
+    assert result.median_s == 3.0
+    assert (result.p20_s, result.p80_s) == pytest.approx((1.8, 4.2))
+    assert result.times_s == (5.0, 1.0, 2.0, 3.0, 4.0)
+
+
+def test_callables_take_turns_and_every_second_round_is_reversed(clock: _Clock) -> None:
+    runs = {name: clock.run(name, *[1.0] * 4) for name in "abc"}
+    told: list[str] = []
+    interleaved_medians(runs, rounds=3, warmup=1, progress=told.append)
+    assert clock.calls == list("cba" + "abc" + "cba" + "abc")
+    assert told == clock.calls
+
+
+def test_drift_hits_all_alike(clock: _Clock) -> None:
+    # a machine that gets twice as slow half way through
+    runs = {"a": clock.run("a", 1, 1, 1, 2, 2, 2, 2), "b": clock.run("b", 1, 1, 1, 2, 2, 2, 2)}
+    result = interleaved_medians(runs, rounds=7, warmup=0)
+    assert result["a"].median_s == result["b"].median_s == 2
+
+
+@pytest.mark.parametrize(("rounds", "warmup"), [(0, 1), (3, -1)])
+def test_bad_rounds_are_refused(rounds: int, warmup: int) -> None:
+    with pytest.raises(InputError, match=f"got rounds={rounds}, warmup={warmup}"):
+        interleaved_medians({"a": lambda: None}, rounds=rounds, warmup=warmup)
+
+
+def test_nothing_to_summarise() -> None:
+    with pytest.raises(InputError, match="0 timings"):
+        summarise([])
+
+
+def test_peak_bytes_is_exact_on_the_cpu() -> None:
+    def run() -> None:
+        first = torch.empty(1000, dtype=torch.float32)
+        del first
+        second = torch.empty(3000, dtype=torch.float32)
+        third = torch.empty(2000, dtype=torch.float32)
+        del second, third
+        torch.empty(4000, dtype=torch.float32)
+
+    assert peak_bytes(run, torch.device("cpu")) == 20_000
+
+
+def test_peak_bytes_names_a_device_it_cannot_measure() -> None:
+    with pytest.raises(InputError, match="got 'meta'"):
+        peak_bytes(lambda: None, torch.device("meta"))
+
+
+def test_cache_bytes_counts_what_a_view_keeps_alive() -> None:
+    class Layer:
+        keys = torch.zeros(1, 2, 10, 4)[:, :, :5]
+        values = torch.zeros(1, 2, 5, 4)
+
+    class Cache:
+        layers = (Layer(),)
+
+    assert cache_bytes(Cache()) == (80 + 40) * 4
+
+
+def test_shared_copy_shares_weights_and_nothing_else() -> None:
+    model = build_random("mini")
+    twin = shared_copy(model)
+    ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] is theirs[name] for name in ours)
+    assert not {id(m) for m in model.modules()} & {id(m) for m in twin.modules()}
+    assert model.config is not twin.config
+
+
+def test_prefill_refuses_a_model_without_image_features() -> None:
+    class Plain(torch.nn.Module):
+        base_model = torch.nn.Linear(1, 1)
+
+    with pytest.raises(UnsupportedModelError, match="Plain has no get_image_features"):
+        Prefill(Plain(), {})
+
+
+def _rows(**changes: Any) -> list[dict[str, Any]]:
+    model = build_random("mini")
+    config = BenchConfig(**{"methods": ("fastv",), "keeps": (0.5,), "rounds": 2, "decode_steps": 2, **changes})
+    return list(run_bench(model, random_inputs(model, config.batch_size, text_tokens=12), config))
+
+
+def test_bench_rows_are_complete_and_serialise() -> None:
+    rows = _rows(batch_size=2)
+    assert [(row["method"], row["keep"]) for row in rows] == [("fastv", 1.0), ("fastv", 0.5)]
+    json.dumps(rows)
+    whole, half = rows
+    assert whole["identical"] is True
+    assert whole["prefill_flop_ratio"] == 1.0
+    assert whole["kv_bytes"] == whole["kv_bytes_full"]
+    assert half["kv_bytes"] == half["kv_bytes_counted"] < half["kv_bytes_full"]
+    assert half["average_tokens"] == pytest.approx([8.0, 8.0], abs=1.0)
+    assert half["prefill_flops"] < half["prefill_flops_full"]
+    assert half["prefill_quotient"] == pytest.approx(half["prefill_flop_ratio"] / half["prefill_ratio"])
+    assert half["prefill_ms"] < half["total_ms"]
+    assert half["plan"]["stages"]
+    assert half["device"]["name"]
+    assert half["versions"]["torch"] == torch.__version__
+    assert half["threads"] == torch.get_num_threads()
+    assert half["config"]["seed"] == 0
+
+
+def test_bench_says_what_a_schedule_cannot_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    rows = _rows(keeps=(1,))
+    assert rows[-1]["possible"] is False
+    assert rows[-1]["floor"] > 1
+    Console(width=200).print(bench_table(rows))
+    assert f"not possible (floor {rows[-1]['floor']:.4g})" in capsys.readouterr().out
+
+
+def test_bench_refuses_a_method_that_changes_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = vtprune.prune
+
+    def broken(model: Any, *args: Any, **kwargs: Any) -> Any:
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output + 1e-3)
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(vtprune, "prune", broken)
+    (row,) = _rows()
+    assert row["possible"] is False
+    assert row["identical"] is False
+    assert "differ from the unpruned model" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"methods": ()}, "at least one method"), ({"rounds": 0}, "rounds must be >= 1, got 0")],
+)
+def test_bad_configs_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BenchConfig(**{"methods": ("fastv",), "keeps": (), **changes})
+
+
+def test_random_inputs_are_seeded_and_leave_the_global_state() -> None:
+    state = torch.random.get_rng_state()
+    model = build_random("mini", seed=3)
+    one, two, other = (random_inputs(model, 2, 9, images=2, seed=s) for s in (5, 5, 6))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not torch.equal(one["input_ids"], other["input_ids"])
+    assert one["input_ids"].shape == (2, 9 + 2 * 16)
+    assert ((one["input_ids"] == model.config.image_token_id).sum(1) == 32).all()
+    assert one["pixel_values"].shape[0] == 4
+    again = build_random("mini", seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_random_inputs_refuse_an_empty_batch() -> None:
+    with pytest.raises(InputError, match="batch=0"):
+        random_inputs(build_random("mini"), batch=0)
+
+
+def test_bench_command_writes_rows(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from vtprune.cli import app
+
+    out = tmp_path / "deep" / "bench.jsonl"
+    args = ["bench", "--model", "random:mini", "--methods", "uniform", "--keeps", "1/2", "--rounds", "1"]
+    result = CliRunner().invoke(app, [*args, "--decode-steps", "1", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["keep"] for row in rows] == [1.0, 0.5]
+    assert {row["model"] for row in rows} == {"random:mini"}
+    assert "unpruned" in result.output

@@ -1,0 +1,89 @@
+"""The table that `vtprune bench` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from vtprune.bench.runner import is_all
+
+__all__ = ["bench_table", "keep_text"]
+
+TARGET = 0.95  # of the speed-up that the FLOP count allows
+OVERHEAD = 0.01  # of a prefill or a decode step, attached at keep = 1
+
+
+def keep_text(keep: float) -> str:
+    """`64` for tokens, `0.333` for a share."""
+    return str(keep) if isinstance(keep, int) else f"{keep:.3g}"
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.4g}"
+
+
+def _graded(value: str, good: bool) -> Text:
+    return Text(value, style="green" if good else "yellow")
+
+
+def _cells(row: dict[str, Any]) -> list[str | Text]:
+    quotient, total = row["prefill_quotient"], row["total_quotient"]
+    whole = is_all(row["keep"])
+    overhead = f"{100 * (row['prefill_ratio'] - 1):+.1f} %"
+    return [
+        f"{sum(row['average_tokens']) / len(row['average_tokens']):.1f}",
+        f"{row['prefill_ms']:.4g}",
+        _graded(overhead, row["prefill_ratio"] < 1 + OVERHEAD) if whole else f"{row['prefill_ratio']:.3f}",
+        f"{row['prefill_flop_ratio']:.3f}",
+        Text("identical", style="green") if whole else _graded(f"{quotient:.2f}", quotient >= TARGET),
+        f"{row['total_ratio']:.3f}",
+        "" if whole else _graded(f"{total:.2f}", total >= TARGET),
+        f"{row['decode_ms']:.4g}",
+        _graded(f"{row['decode_ratio']:.3f}", row["decode_ratio"] < 1 + OVERHEAD),
+        _mib(row["peak_bytes"]),
+        _mib(row["kv_bytes"]),
+    ]
+
+
+def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One line a cell. Ratios are pruned / unpruned; a quotient of 1 is all the speed-up that the FLOPs allow."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("method")
+    for name in (
+        "keep",
+        "avg tokens",
+        "prefill ms",
+        "ratio",
+        "FLOP ratio",
+        "quotient",
+        "with tower",
+        "quotient",
+        "decode ms",
+        "ratio",
+        "peak MiB",
+        "KV MiB",
+    ):
+        table.add_column(name, justify="right")
+    full = next((row for row in rows if row["possible"]), None)
+    if full is not None:
+        table.add_row(
+            "unpruned",
+            "",
+            str(full["visual_tokens"][0]),
+            f"{full['prefill_ms_full']:.4g}",
+            *[""] * 5,
+            f"{full['decode_ms_full']:.4g}",
+            "",
+            _mib(full["peak_bytes_full"]),
+            _mib(full["kv_bytes_full"]),
+        )
+    for row in rows:
+        if row["possible"]:
+            table.add_row(row["method"], keep_text(row["keep"]), *_cells(row))
+        else:
+            floor = f"not possible (floor {row['floor']:.4g})" if row["floor"] is not None else row["reason"]
+            table.add_row(row["method"], keep_text(row["keep"]), Text(floor, style="dim"))
+    return table

@@ -1,0 +1,74 @@
+"""Command-line texts -> methods, budgets and plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtprune.errors import BudgetError, InputError
+
+if TYPE_CHECKING:
+    from vtprune.plan import Plan
+
+__all__ = ["KEEP_HELP", "METHOD_HELP", "load_plan", "pair_keeps", "read_keeps", "read_methods"]
+
+KEEP_HELP = "Budget: tokens (64), or a fraction (0.25, 25%, 1/4); one a method, separated by commas."
+METHOD_HELP = "Method, or several separated by commas (see `vtprune methods`)."
+
+
+def read_methods(text: str) -> list[str]:
+    """`a,b` -> ["a", "b"].
+
+    Raises:
+        InputError: if there is none.
+        UnknownNameError: if one is not registered.
+    """
+    from vtprune.contract import METHODS
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"--method must name at least one method, got {text!r}. See `vtprune methods`.")
+    for name in names:
+        _ = METHODS[name]
+    return names
+
+
+def read_keeps(text: str) -> list[int | float]:
+    """`288,25%` -> [288, 0.25].
+
+    Raises:
+        BudgetError: if a part is not a budget.
+    """
+    from vtprune.budget import parse_keep
+
+    return [parse_keep(part) for part in text.split(",")]
+
+
+def pair_keeps(methods: list[str], keep: str | None) -> list[int | float] | None:
+    """One budget a method.
+
+    Raises:
+        BudgetError: if the numbers of methods and budgets differ.
+    """
+    if keep is None:
+        return None
+    keeps = read_keeps(keep)
+    if len(keeps) != len(methods):
+        raise BudgetError(
+            f"--keep must hold one budget a method, got {len(keeps)} ({keep}) for {len(methods)} ({','.join(methods)})."
+        )
+    return keeps
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan file.
+
+    Raises:
+        InputError: if there is no such file.
+        PlanError: if it is not a plan.
+    """
+    from vtprune.plan import Plan
+
+    if not path.is_file():
+        raise InputError(f"there is no plan file {str(path)!r}. Write one with `vtprune plan --save`.")
+    return Plan.load(path)

@@ -1,0 +1,213 @@
+"""A thin, quiet door to lmms-eval: load tasks once, run one model over them, hand back what it said to each question.
+
+lmms-eval's command line ends with exit status 0 whatever happens; its `simple_evaluate` raises, so that is what
+runs here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vtprune.errors import InputError, VtpruneError
+from vtprune.eval import BUNDLED_TASKS, TASKS_DIR
+from vtprune.eval.task_data import question_seed
+
+if TYPE_CHECKING:
+    from vtprune.eval.lmms_model import VtpruneChat
+
+__all__ = ["Harness", "Sample", "quiet", "require_lmms_eval"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one model said to one question.
+
+    Attributes:
+        doc_id: place of the question in its task.
+        image_id: groups the questions of one image; the doc id where a task has no such column.
+        score: of the task's first metric, in [0, 1].
+        counts: lmms-eval's token counts with vtprune's figures.
+    """
+
+    task: str
+    doc_id: int
+    image_id: str
+    question: str
+    answer: str
+    kind: str | None
+    prediction: str
+    score: float
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+def require_lmms_eval() -> None:
+    """Import lmms-eval, quietly.
+
+    Raises:
+        VtpruneError: with the command that installs what is missing.
+    """
+    if "lmms_eval" not in sys.modules:
+        # lmms-eval reads local files through `datasets`, which otherwise counts the download on the hub
+        os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "FALSE")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with warnings.catch_warnings():
+            # 2026-11: deprecations inside lmms-eval 0.7.3 and what it imports; not ours to act on
+            warnings.simplefilter("ignore")
+            import lmms_eval.evaluator
+            import lmms_eval.models
+            import lmms_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise VtpruneError(f"vtprune eval needs lmms-eval ({error}). Run: pip install 'vtprune[eval]'") from error
+
+
+@contextmanager
+def quiet() -> Iterator[io.StringIO]:
+    """Collect what lmms-eval and the loading of a model print. Their progress bars would cut through ours."""
+    from loguru import logger
+
+    text = io.StringIO()
+    # importing lmms_eval.models has replaced every loguru sink by one on stdout; this one keeps warnings visible
+    logger.remove()
+    logger.add(sys.stderr, level="ERROR")
+    with redirect_stdout(text), redirect_stderr(text), warnings.catch_warnings():
+        for module in ("lmms_eval", "datasets", "accelerate", "evaluate", "dill", "multiprocess"):
+            # 2026-11: deprecations inside the harness (lmms-eval 0.7.3, datasets 5.2)
+            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")
+        yield text
+
+
+class Harness:
+    """Tasks of one sweep.
+
+    Args:
+        tasks: names of single tasks; the bundled ones and all of lmms-eval's.
+        limit: questions a task, None for all.
+        seed: which questions the bundled tasks ask.
+
+    Raises:
+        VtpruneError: if lmms-eval is not installed.
+        InputError: if a task is unknown or is a group.
+    """
+
+    def __init__(self, tasks: Sequence[str], limit: int | None, seed: int = 0) -> None:
+        require_lmms_eval()
+        from lmms_eval.tasks import TaskManager, get_task_dict
+
+        if limit is not None and limit < 1:
+            raise InputError(f"limit must be at least 1 question a task, got {limit}.")
+        self.limit = limit
+        # indexing lmms-eval's own folder takes seconds, and only its own tasks need it
+        others = any(name not in BUNDLED_TASKS for name in tasks)
+        with quiet(), question_seed(seed):
+            self._manager = TaskManager("WARNING", include_path=[str(TASKS_DIR)], include_defaults=others)
+            _check_names(tasks, self._manager)
+            self._tasks = get_task_dict(list(tasks), self._manager, "chat")
+
+    @property
+    def questions(self) -> int:
+        """How many questions one model answers."""
+        return sum(
+            len(task.eval_docs) if self.limit is None else min(self.limit, len(task.eval_docs))
+            for task in self._tasks.values()
+        )
+
+    def run(self, model: VtpruneChat) -> dict[str, list[Sample]]:
+        """Ask `model` every question.
+
+        Returns:
+            the samples of each task, in order of doc id.
+        """
+        from lmms_eval.evaluator import simple_evaluate
+
+        settings = argparse.Namespace(
+            process_with_media=False, reasoning_tags=None, log_samples=True, predict_only=False, output_path=None
+        )
+        with quiet():
+            results = simple_evaluate(
+                model=model,
+                tasks=list(self._tasks.values()),
+                limit=self.limit,
+                task_manager=self._manager,
+                log_samples=True,
+                cli_args=settings,
+                bootstrap_iters=0,
+                process_docs_parallel=1,
+                batch_size=model.batch_size,
+                verbosity="WARNING",
+            )
+        return {
+            name: [_sample(name, task, logged) for logged in results["samples"][name]]
+            for name, task in self._tasks.items()
+        }
+
+    def documents(self, task: str, count: int) -> list[dict[str, Any]]:
+        """The first questions of a task, with their images."""
+        docs = self._tasks[task].eval_docs
+        return [docs[index] for index in range(min(count, len(docs)))]
+
+    def prompts(self, model: VtpruneChat, task: str, count: int) -> list[tuple[str, list[Any]]]:
+        """(prompt text, images) of the first questions of a task, as `model` asks them."""
+        from lmms_eval.protocol import ChatMessages
+
+        prompts = []
+        for doc in self.documents(task, count):
+            messages = ChatMessages(messages=self._tasks[task].doc_to_messages(doc))
+            prompts.append((model.prompt(messages.to_hf_messages()), messages.extract_media()[0]))
+        return prompts
+
+
+def _check_names(tasks: Sequence[str], manager: Any) -> None:
+    if not tasks:
+        raise InputError(f"name at least one task, e.g. {','.join(BUNDLED_TASKS)}.")
+    for name in tasks:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise InputError(
+                f"Unknown task {name!r}.{hint} Bundled: {', '.join(BUNDLED_TASKS)}; "
+                "the rest is listed by `python -m lmms_eval --tasks list`."
+            )
+        if name not in manager.all_subtasks:
+            raise InputError(f"{name!r} is a group of tasks; list its tasks one by one.")
+
+
+def _sample(name: str, task: Any, logged: dict[str, Any]) -> Sample:
+    """One line of lmms-eval's sample log as a `Sample`."""
+    doc = logged.get("doc") or {}
+    return Sample(
+        task=name,
+        doc_id=int(logged["doc_id"]),
+        image_id=str(doc.get("image_id", logged["doc_id"])),
+        question=str(doc.get("question", "")),
+        answer=str(logged["target"]),
+        kind=doc.get("kind"),
+        prediction=str(logged["filtered_resps"][0]),
+        score=_score(name, task, logged),
+        counts=(logged.get("token_counts") or [None])[0] or {},
+    )
+
+
+def _score(name: str, task: Any, logged: dict[str, Any]) -> float:
+    """The sample's value of the first metric that is a number or carries one as `score`.
+
+    Raises:
+        InputError: if no metric of the task gives a score in [0, 1] to a single sample.
+    """
+    for entry in task.config.metric_list or []:
+        value = logged.get(entry["metric"])
+        value = value.get("score") if isinstance(value, dict) else value
+        if isinstance(value, (bool, int, float)) and 0 <= value <= 1:
+            return float(value)
+    raise InputError(
+        f"task {name!r} gives no sample a score in [0, 1]; run it with `python -m lmms_eval --model vtprune` instead."
+    )

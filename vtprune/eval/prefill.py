@@ -1,0 +1,65 @@
+"""Prefill time of every cell against the unpruned model, all in one interleaved run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtprune.bench.timing import Timing, interleaved_medians
+from vtprune.eval.asking import UNPRUNED, attach_to
+
+if TYPE_CHECKING:
+    from vtprune.plan import Plan
+
+__all__ = ["prefill_timings", "replica"]
+
+
+def replica(model: Any) -> Any:
+    """A second model object on the same weight tensors, so that another session can be attached to it."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def prefill_timings(
+    model: Any,
+    inputs: Mapping[str, Any],
+    cells: Mapping[str, Plan],
+    rounds: int,
+    progress: Callable[[str], object] | None = None,
+) -> dict[str, Timing]:
+    """Time one prefill (tower included) of each plan and of the bare model on the same batch.
+
+    The callables take turns, so that drift of the machine meets all of them; sessions are attached beforehand.
+
+    Args:
+        model: the unpruned model, with nothing attached.
+        inputs: one batch.
+        cells: name to plan.
+        rounds: measurements of each.
+        progress: called with the name after every prefill.
+
+    Returns:
+        timings by name, the unpruned model's under `none`.
+    """
+
+    def prefill(of: Any) -> Callable[[], object]:
+        @torch.inference_mode()
+        def run() -> object:
+            return of(**inputs, use_cache=True, logits_to_keep=1)
+
+        return run
+
+    runs = {UNPRUNED: prefill(model)}
+    sessions = []
+    try:
+        for name, plan in cells.items():
+            twin = replica(model)
+            sessions.append(attach_to(twin, plan))
+            runs[name] = prefill(twin)
+        return interleaved_medians(runs, rounds=rounds, warmup=1, progress=progress)
+    finally:
+        for session in sessions:
+            session.remove()

@@ -1,0 +1,47 @@
+"""The sweep's progress in the terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["RichProgress"]
+
+
+class RichProgress:
+    """One bar a phase; a context manager. Implements `vtprune.eval.runner.Progress`."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:<34.34}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            # lmms-eval's own output is collected elsewhere; these would put stdout back in its way
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._current = None
+
+    def __enter__(self) -> RichProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def start(self, title: str, steps: int) -> None:
+        """Begin a phase of `steps` steps."""
+        self._current = self._bars.add_task(title, total=steps)
+
+    def step(self, title: str, count: int = 1) -> None:
+        """`count` steps are done while `title` runs."""
+        if self._current is not None:
+            self._bars.update(self._current, description=title, advance=count)

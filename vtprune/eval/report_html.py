@@ -1,0 +1,159 @@
+"""The sweep as one self-contained HTML page: plot, sortable table, kinds of question, pictures, how it was made."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from vtprune.eval.rows import UNPRUNED_ROW, Row
+from vtprune.eval.table import headers, legend, row_cells, task_label, tasks_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vtprune.eval.examples import Example
+
+__all__ = ["write_report"]
+
+_TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
+def write_report(rows: Sequence[Row], plot: Path, path: Path, examples: Sequence[Example] = ()) -> None:
+    """Write the page.
+
+    Args:
+        rows: of one sweep, the unpruned row first.
+        plot: the PNG to embed.
+        path: where to write.
+        examples: images with kept tokens, may be empty.
+    """
+    run = rows[0].run
+    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        subtitle=escape(_subtitle(rows)),
+        plot=base64.b64encode(plot.read_bytes()).decode(),
+        legend=escape(legend(rows)),
+        table=_cells_table(rows),
+        failures=_failures(rows),
+        kinds="".join(_kinds_table(rows, task) for task in tasks_of(rows)),
+        examples=_examples(examples),
+        command=escape(str(run.get("command") or "vtprune eval")),
+        facts=_facts(run),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _subtitle(rows: Sequence[Row]) -> str:
+    methods = dict.fromkeys(row.method for row in rows if row.method != UNPRUNED_ROW)
+    tasks = ", ".join(task_label(task) for task in tasks_of(rows))
+    return f"{rows[0].run.get('model', 'model')}, {len(methods)} methods, tasks: {tasks}."
+
+
+def _number(value: float | None) -> str:
+    """Sort key of a cell; empty cells sort last either way."""
+    return "" if value is None else f"{value:.6g}"
+
+
+def _sort_keys(row: Row, tasks: Sequence[str]) -> list[str]:
+    """One key a column of `headers`: figures sort by value, not by their text."""
+    keys = [row.method, _number(float(row.keep_value)), _number(row.average_tokens)]
+    for task in tasks:
+        score = row.tasks.get(task)
+        keys += ["", ""] if score is None else [_number(score.accuracy.value), _number(score.share)]
+    return [*keys, _number(row.flops_share), _number(row.kv_share), _number(row.prefill_ratio)]
+
+
+def _head(titles: Sequence[str]) -> str:
+    cells = "".join(f'<th scope="col"><button type="button">{escape(title)}</button></th>' for title in titles)
+    return f"<thead><tr>{cells}</tr></thead>"
+
+
+def _cells_table(rows: Sequence[Row]) -> str:
+    tasks = tasks_of(rows)
+    lines = []
+    for row in rows:
+        texts = row_cells(row, tasks)
+        keys = _sort_keys(row, tasks)
+        cells = "".join(
+            f'<td data-value="{escape(key)}">{escape(text)}</td>' for text, key in zip(texts, keys, strict=True)
+        )
+        style = "unpruned" if row.method == UNPRUNED_ROW else "" if row.status == "ok" else "missing"
+        lines.append(f'<tr class="{style}" title="{escape(row.message)}">{cells}</tr>')
+    return f'<table class="sortable">{_head(headers(tasks))}<tbody>{"".join(lines)}</tbody></table>'
+
+
+def _kinds_table(rows: Sequence[Row], task: str) -> str:
+    """Accuracy of every cell by kind of question; nothing for a task without kinds."""
+    kinds = rows[0].tasks[task].kinds
+    if not kinds:
+        return ""
+    titles = ["method", "keep", *(f"{kind} ({score.questions})" for kind, score in kinds.items())]
+    lines = []
+    for row in rows:
+        if task not in row.tasks:
+            continue
+        keep = "all" if row.method == UNPRUNED_ROW else row.keep
+        cells = [(row.method, row.method), (keep, _number(float(row.keep_value)))]
+        for kind in kinds:
+            accuracy = row.tasks[task].kinds[kind].accuracy
+            cells.append((f"{100 * accuracy:.0f}", _number(accuracy)))
+        style = "unpruned" if row.method == UNPRUNED_ROW else ""
+        texts = "".join(f'<td data-value="{escape(key)}">{escape(text)}</td>' for text, key in cells)
+        lines.append(f'<tr class="{style}">{texts}</tr>')
+    table = f'<table class="sortable">{_head(titles)}<tbody>{"".join(lines)}</tbody></table>'
+    return f'<h3>{escape(task_label(task))}</h3><div class="scroll">{table}</div>'
+
+
+def _failures(rows: Sequence[Row]) -> str:
+    """Why cells have no figures."""
+    missing = [row for row in rows if row.status != "ok"]
+    if not missing:
+        return ""
+    parts = ["<h3>Cells without figures</h3>"]
+    for row in missing:
+        parts.append(f"<p>{escape(row.name)}: {escape(row.status)}</p><pre>{escape(row.message.strip())}</pre>")
+    return "".join(parts)
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    parts = [
+        "<h2>What stays</h2>",
+        '<p class="note">Tokens that outlive every stage, at the budget in the middle of the sweep; the rest is '
+        "greyed out. A method that drops inside the decoder has read the grey cells in its first layers.</p>",
+    ]
+    for example in examples:
+        parts.append(f"<p>{escape(example.question)} <b>{escape(example.answer)}</b></p>")
+        parts.append('<div class="tiles">')
+        for tile in example.tiles:
+            verdict = "right" if tile.right else "wrong"
+            parts.append(
+                f'<div class="tile"><img alt="{escape(tile.caption)}" src="data:image/png;base64,{_png(tile.image)}">'
+                f'{escape(tile.caption)}<span class="{verdict}">{escape(tile.prediction) or "(nothing)"}</span></div>'
+            )
+        parts.append("</div>")
+    return "".join(parts)
+
+
+def _facts(run: dict[str, object]) -> str:
+    """The run's settings and versions as a definition list."""
+    pairs: list[tuple[str, object]] = []
+    for name, value in run.items():
+        if name == "command":
+            continue
+        if isinstance(value, dict):
+            pairs += value.items()
+        else:
+            pairs.append((name.replace("_", " "), "all" if name == "limit" and value is None else value))
+    return "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in pairs)

@@ -1,0 +1,258 @@
+"""The sweep: methods x budgets over tasks, one loaded model, one session a cell, failures isolated."""
+
+from __future__ import annotations
+
+import json
+import platform
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vtprune.errors import BudgetError, InputError, UnknownNameError, VtpruneError
+from vtprune.eval.harness import Harness, Sample, quiet
+from vtprune.eval.keeps import SweepKeep
+from vtprune.eval.rows import UNPRUNED_ROW, KindScore, Row, TaskScore
+from vtprune.eval.stats import mean_interval, paired_difference
+
+if TYPE_CHECKING:
+    from vtprune.eval.lmms_model import VtpruneChat
+
+__all__ = ["Progress", "Sweep", "SweepResult", "environment", "run_sweep", "write_predictions"]
+
+Samples = Mapping[str, Sequence[Sample]]
+
+
+class Progress(Protocol):
+    """What the runner tells whoever watches."""
+
+    def start(self, title: str, steps: int) -> None:
+        """A phase of `steps` steps begins."""
+
+    def step(self, title: str, count: int = 1) -> None:
+        """`count` steps of the phase are done; `title` says what is running."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to run. Defaults are those of `vtprune eval`.
+
+    Attributes:
+        model: what `vtprune.loading.load_model` accepts.
+        methods: registry names.
+        keeps: budgets; those that mean all tokens stand for the unpruned model, which is always run once.
+        tasks: lmms-eval task names.
+        limit: questions a task.
+        batch_size: questions a call.
+        seed: of the bundled questions and of the bootstrap.
+        basis: what a budget counts, `average` or `final`.
+        rounds: measurements of each prefill, 0 for no timing.
+        device, dtype, attn_implementation: for loading.
+        command: how the user started it, kept with the results.
+    """
+
+    methods: tuple[str, ...]
+    keeps: tuple[SweepKeep, ...]
+    tasks: tuple[str, ...]
+    model: str = "tiny:llava"
+    limit: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+    basis: str = "average"
+    rounds: int = 7
+    device: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    command: str = ""
+
+    def cells(self) -> list[tuple[str, SweepKeep]]:
+        """(method, budget) of every pruned cell."""
+        return [(method, keep) for method in self.methods for keep in self.keeps if not keep.is_all]
+
+
+@dataclass
+class SweepResult:
+    """Rows in order, the unpruned model first, and every answer behind them by row name."""
+
+    rows: list[Row]
+    samples: dict[str, Samples] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[Row]:
+        """Cells that broke (a cell whose budget cannot be reached is not among them)."""
+        return [row for row in self.rows if row.status == "failed"]
+
+
+def run_sweep(sweep: Sweep, progress: Progress) -> tuple[SweepResult, Harness, VtpruneChat]:
+    """Run every cell.
+
+    The unpruned model must work: its errors are raised. A pruned cell that fails becomes a row that says so.
+
+    Returns:
+        the result, and the tasks and the model (with nothing attached) for drawing examples.
+
+    Raises:
+        VtpruneError: if lmms-eval is missing, or a method, task or model is not known.
+    """
+    import vtprune
+
+    known = vtprune.methods()
+    for method in (name for names in sweep.methods for name in names.split("+")):
+        if method not in known:
+            raise UnknownNameError("method", method, known)
+    progress.start("loading lmms-eval, tasks and model", 1)
+    harness = Harness(sweep.tasks, sweep.limit, sweep.seed)
+    from vtprune.eval.asking import default_device
+    from vtprune.eval.lmms_model import VtpruneChat
+    from vtprune.loading import load_model
+
+    with quiet():
+        loaded = load_model(
+            sweep.model,
+            device=sweep.device or default_device(),
+            dtype=sweep.dtype,
+            attn_implementation=sweep.attn_implementation,
+        )
+    if loaded[1] is None:
+        raise InputError(
+            f"the model {sweep.model!r} has no processor, so it cannot be asked questions. Use `vtprune bench`."
+        )
+    title = ""
+    lm = VtpruneChat(loaded=loaded, batch_size=sweep.batch_size, on_batch=lambda count: progress.step(title, count))
+    progress.step("loaded")
+
+    run = {"model": sweep.model, "seed": sweep.seed, "limit": sweep.limit, "batch_size": sweep.batch_size}
+    run |= {"command": sweep.command, **environment(lm.model)}
+    cells = sweep.cells()
+    progress.start("questions", harness.questions * (len(cells) + 1))
+    title = UNPRUNED_ROW
+    result = SweepResult([Row(UNPRUNED_ROW, "1", 1.0, sweep.basis, run=run)])
+    baseline = harness.run(lm)
+    _fill(result.rows[0], lm, baseline, baseline, sweep.seed)
+    result.samples[UNPRUNED_ROW] = baseline
+    for method, keep in cells:
+        row = Row(method, keep.text, keep.value, sweep.basis, run=run)
+        title = row.name
+        progress.step(title, 0)
+        result.rows.append(row)
+        samples = _run_cell(row, lm, harness)
+        if samples is None:
+            progress.step(title, harness.questions)
+            continue
+        _fill(row, lm, samples, baseline, sweep.seed)
+        result.samples[row.name] = samples
+    lm.detach()
+    if sweep.rounds:
+        _time(result.rows, lm, harness, sweep, progress)
+    return result, harness, lm
+
+
+def _run_cell(row: Row, lm: VtpruneChat, harness: Harness) -> Samples | None:
+    """Attach and ask; None if the cell cannot run, with the reason in the row."""
+    try:
+        session = lm.attach(row.method, row.keep_value, basis=row.basis)
+        row.plan = session.plan.to_dict()
+        return harness.run(lm)
+    except BudgetError as error:
+        row.status = "failed" if error.floor is None else "not possible"
+        row.message, row.floor = str(error), error.floor
+    # what a method or the host can raise on odd sizes; anything else is a bug in the sweep and stops it
+    except (VtpruneError, RuntimeError, ValueError, IndexError) as error:
+        row.status = "failed"
+        row.message = "".join(traceback.format_exception(error))
+    return None
+
+
+def _fill(row: Row, lm: VtpruneChat, samples: Samples, baseline: Samples, seed: int) -> None:
+    """Scores and costs of a cell that ran."""
+    totals = lm.totals.to_dict()
+    for name, value in totals.items():
+        setattr(row, name, value)
+    for task, answers in samples.items():
+        row.tasks[task] = _task_score(answers, baseline[task], seed)
+
+
+def _task_score(samples: Sequence[Sample], baseline: Sequence[Sample], seed: int) -> TaskScore:
+    images = [sample.image_id for sample in samples]
+    scores = [sample.score for sample in samples]
+    reference = [sample.score for sample in baseline]
+    unpruned = sum(reference) / len(reference)
+    accuracy = mean_interval(scores, images, seed)
+    by_kind: dict[str, list[float]] = {}
+    for sample in samples:
+        if sample.kind is not None:
+            by_kind.setdefault(sample.kind, []).append(sample.score)
+    return TaskScore(
+        accuracy=accuracy,
+        share=accuracy.value / unpruned if unpruned else None,
+        difference=paired_difference(scores, reference, images, seed),
+        questions=len(samples),
+        images=len(set(images)),
+        kinds={kind: KindScore(sum(group) / len(group), len(group)) for kind, group in sorted(by_kind.items())},
+    )
+
+
+def _time(rows: Sequence[Row], lm: VtpruneChat, harness: Harness, sweep: Sweep, progress: Progress) -> None:
+    """Prefill medians of every cell that ran, on the first batch of the first task."""
+    from vtprune.eval.asking import UNPRUNED
+    from vtprune.eval.prefill import prefill_timings
+    from vtprune.plan import Plan
+
+    plans = {row.name: Plan.from_dict(row.plan) for row in rows if row.status == "ok" and row.plan is not None}
+    inputs = lm.encode(harness.prompts(lm, sweep.tasks[0], sweep.batch_size))
+    progress.start("prefill timing", (sweep.rounds + 1) * (len(plans) + 1))
+    timings = prefill_timings(lm.model, inputs, plans, sweep.rounds, lambda name: progress.step(f"prefill {name}"))
+    full = timings[UNPRUNED].median_s
+    for row in rows:
+        timing = timings.get(UNPRUNED if row.method == UNPRUNED_ROW else row.name)
+        if timing is not None:
+            row.prefill_ms = 1000 * timing.median_s
+            row.prefill_ratio = timing.median_s / full
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Versions, device and dtype, to be stored with every result."""
+    import torch
+
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {}
+    for package in ("vtprune", "torch", "transformers", "lmms-eval"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "source tree"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+    }
+
+
+def write_predictions(result: SweepResult, path: Path) -> None:
+    """One JSON object a question and cell: what was answered, and what was kept."""
+    rows = {row.name: row for row in result.rows}
+    with path.open("w", encoding="utf-8") as file:
+        for name, by_task in result.samples.items():
+            row = rows[name]
+            for sample in (sample for samples in by_task.values() for sample in samples):
+                line = {
+                    "method": row.method,
+                    "keep": row.keep,
+                    "task": sample.task,
+                    "doc_id": sample.doc_id,
+                    "image_id": sample.image_id,
+                    "kind": sample.kind,
+                    "question": sample.question,
+                    "answer": sample.answer,
+                    "prediction": sample.prediction,
+                    "score": sample.score,
+                    "kept_hash": sample.counts.get("kept_hash"),
+                    "visual_tokens": sample.counts.get("visual_tokens"),
+                    "average_tokens": sample.counts.get("average_tokens"),
+                }
+                file.write(json.dumps(line) + "\n")

@@ -278,3 +278,41 @@ def test_embeddings_with_placeholders_take_the_same_way_as_ids(method: str) -> N
         want = model(**inputs).logits
         embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
         assert torch.equal(model(inputs_embeds=embeds, **inputs).logits, want)
+
+
+@torch.no_grad()
+def test_a_pruned_conversation_is_refused_by_a_session_that_keeps_all() -> None:
+    model, inputs = llava(), batch(Row())
+    with vtprune.prune(model, "fastv", 0.4):
+        cache = model(**inputs).past_key_values
+    with vtprune.prune(model, "fastv", 1.0), pytest.raises(vtprune.InputError, match="conversation of 26 tokens"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_under_another_session() -> None:
+    """Turn 1 was cut at a layer, turn 2 is cut at the input: each keeps its own columns in every layer."""
+    model = llava()
+    first, second = batch(Row(1, 3, 5, 0)), batch(Row(1, 2, 3, 20))
+    length = first["input_ids"].shape[1]
+    mask = torch.ones(1, length + second["input_ids"].shape[1], dtype=torch.long)
+
+    def turns(one: object, two: object) -> tuple[Tensor, list]:
+        cache, reports = DynamicCache(config=model.config.text_config), []
+        for method, turn, seen in ((one, first, mask[:, :length]), (two, second, mask)):
+            inputs = {**turn, "attention_mask": seen, "past_key_values": cache}
+            if method is None:
+                logits = model(**inputs).logits
+                continue
+            with vtprune.prune(model, method, 0.4) as session:
+                logits = model(**inputs).logits
+                reports.append(session.report)
+        return logits, reports
+
+    got, reports = turns("fastv", "uniform")
+    parts = [hidden_keys(r, t["input_ids"], LAYERS) for r, t in zip(reports, (first, second), strict=True)]
+    hidden = [torch.cat(pair, 1) for pair in zip(*parts, strict=True)]
+    with masked(model, hidden):
+        want, _ = turns(None, None)
+    seen = ~parts[1][-1]
+    torch.testing.assert_close(got[seen], want[seen], atol=1e-5, rtol=1e-5)

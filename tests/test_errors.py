@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -271,3 +273,14 @@ def test_plan_takes_no_budget_beside_it(model: LlavaForConditionalGeneration) ->
     plan = vtprune.Plan((vtprune.Stage(vtprune.Site("input"), vtprune.Uniform(), 5),))
     with pytest.raises(vtprune.BudgetError, match="leave out keep=5"):
         vtprune.prune(model, plan, 5)
+
+
+@pytest.mark.parametrize("method", ["fastv", "flowcut"])
+def test_an_attached_session_does_not_keep_the_model_alive(method: str) -> None:
+    pruned = llava()
+    alive = weakref.ref(pruned.model.language_model)
+    session = vtprune.prune(pruned, method, 0.4)
+    pruned(**batch(Row()))
+    del pruned, session
+    gc.collect()
+    assert alive() is None

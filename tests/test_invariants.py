@@ -145,6 +145,43 @@ def test_batch_equals_each_sample_alone(method: object, keep: object, attention:
                     assert torch.equal(all_rows.indices[b], single.indices[0]), f"sample {b} at {single.site}"
 
 
+@pytest.mark.parametrize("attention", BACKENDS)
+@torch.no_grad()
+def test_pool_equals_the_unpruned_model_on_averaged_features(attention: str) -> None:
+    model, inputs = llava(attention), batch(Row(1, 3, 5, 0), Row(1, 1, 4, 1))
+    with vtprune.prune(model, "pool", 4) as session:
+        logits, ids = model(**inputs).logits, model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        report = session.report
+    features = torch.stack(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+    cells = features.view(2, 2, 2, 2, 2, -1).mean((2, 4))  # 4 x 4 tokens into 2 x 2 cells
+    for image, kept in enumerate(report.kept[0].indices):
+        for token in kept.tolist():
+            row, col = token // 4, token % 4
+            features[image, token] = cells[image, row // 2, col // 2]
+        assert sorted((t // 8, t % 4 // 2) for t in kept.tolist()) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    hidden = hidden_keys(report, inputs["input_ids"], LAYERS)
+    with masked(model, hidden, features):
+        want, ref = model(**inputs).logits, model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    seen = inputs["attention_mask"].bool() & ~hidden[-1]
+    torch.testing.assert_close(logits[seen], want[seen], atol=1e-5, rtol=1e-5)
+    assert torch.equal(ids, ref)
+
+
+@torch.no_grad()
+def test_merging_after_a_cut_in_a_ragged_batch_that_starts_with_images() -> None:
+    """Padding of the token axis must not write over the first row, which is visual here."""
+    model, rows = llava(), (Row(1, 0, 5, 0), Row(2, 0, 4, 1), Row(0, 2, 9, 2))
+    stages = (
+        vtprune.Stage(vtprune.Site("input"), vtprune.Uniform(), 0.75),
+        vtprune.Stage(vtprune.Site("layer", 2), vtprune.Pool(), 0.25),
+    )
+    with vtprune.prune(model, vtprune.Plan(stages)):
+        together = model(**batch(*rows)).logits
+        for b, row in enumerate(rows):
+            alone = model(**batch(row)).logits
+            torch.testing.assert_close(together[b, -4:], alone[0, -4:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["fastv", "uniform", "flowcut"])
 @torch.no_grad()
 def test_right_padding_agrees_with_left_padding(method: str) -> None:

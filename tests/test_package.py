@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,11 +142,13 @@ def test_readme_snippets_run(index: int, tmp_path: Path, monkeypatch: pytest.Mon
     from vtprune.contract import METHODS
 
     monkeypatch.chdir(tmp_path)
+    script = tmp_path / f"readme_{index}.py"
+    script.write_text(_readme_snippets()[index], encoding="utf-8")
     # a snippet may register a method of its own; it must not stay for other tests
     entries = METHODS._entries
     before = dict(entries)
     try:
-        exec(compile(_readme_snippets()[index], f"README snippet {index}", "exec"), {"__name__": "readme"})
+        runpy.run_path(str(script), run_name="readme")
     finally:
         entries.clear()
         entries.update(before)

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from models import LAYERS, SIDE, TOKENS, Row, batch, llava
 
 import vtprune
-from models import LAYERS, SIDE, TOKENS, Row, batch, llava
 from vtprune.layout import ImageGrid, Layout
 
 

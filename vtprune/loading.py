@@ -139,7 +139,7 @@ def _load_pretrained(spec: str, device: str | None, dtype: torch.dtype | None, a
         options["attn_implementation"] = attn
     try:
         # safetensors only: a pickle can run code
-        model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **options)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **options)
         processor = AutoProcessor.from_pretrained(source)
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):

@@ -211,7 +211,7 @@ def random_inputs(
         raise InputError(
             f"batch and images must be >= 1 and text_tokens >= 2, got {batch=}, {images=}, {text_tokens=}."
         )
-    config = model.config
+    config: Any = model.config
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(_FIRST_WORD, config.text_config.vocab_size, (batch, text_tokens - 1), generator=generator)
     head = words.shape[1] // 2

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import timer
 
+from vtprune.bench.timing import timer
 from vtprune.errors import InputError, UnsupportedModelError
 
 __all__ = ["Decoder", "Prefill", "cache_bytes", "peak_bytes", "shared_copy"]

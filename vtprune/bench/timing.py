@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch.utils.benchmark import timer
+import torch
 
 from vtprune.errors import InputError
 
-__all__ = ["Timing", "interleaved_medians", "summarise"]
+__all__ = ["Timing", "interleaved_medians", "summarise", "timer"]
+
+
+def timer() -> float:
+    """Seconds of a monotonic clock, once the accelerator, if any, has nothing left to do.
+
+    What `torch.utils.benchmark.timer` does; importing that one pulls in the compiler tool chain.
+    """
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,8 @@ def interleaved_medians(
 ) -> dict[str, Timing]:
     """Time every callable once a round, in turn, so that drift of the machine hits all of them alike.
 
-    The clock is `torch.utils.benchmark.timer`, which waits for the accelerator, if any. (`Timer.timeit(1)` reads the
-    same clock, but runs two unmeasured calls before each measured one, and sets the thread count to 1.)
+    (`torch.utils.benchmark.Timer.timeit(1)` would run two unmeasured calls before each measured one, and set the
+    thread count to 1.)
 
     Args:
         runs: what to time, by name.
@@ -73,7 +84,7 @@ def interleaved_medians(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(-warmup, rounds):
         # every second round goes backwards: no callable always runs right after the same other one
-        for name in list(runs) if index % 2 == 0 else list(reversed(runs)):
+        for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
             start = timer()
             runs[name]()
             elapsed = timer() - start

@@ -90,7 +90,7 @@ def _answers(
     from vtprune.bench.timing import interleaved_medians
 
     wrapped = shared_copy(model)
-    keep = keeps if keeps is None or len(keeps) > 1 else keeps[0]
+    keep: Any = keeps if keeps is None or len(keeps) > 1 else keeps[0]
     names = what[0] if isinstance(what, list) and len(what) == 1 else what
     session = vtprune.prune(wrapped, names, keep=keep, basis=basis)
     prompt = inputs["input_ids"].shape[1]

@@ -14,7 +14,6 @@ from PIL import Image
 from vtprune.eval.harness import Harness, Sample
 from vtprune.eval.rows import UNPRUNED_ROW, Row
 from vtprune.eval.runner import SweepResult
-from vtprune.plan import Plan
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
@@ -95,13 +94,13 @@ def _one_budget(rows: Sequence[Row]) -> list[Row]:
     keeps = list(dict.fromkeys(row.keep for row in rows if row.method != UNPRUNED_ROW))
     chosen: dict[str, Row] = {}
     for keep in keeps[: len(keeps) // 2 + 1]:
-        chosen |= {row.method: row for row in rows if row.keep == keep and row.status == "ok" and row.plan}
+        chosen |= {row.method: row for row in rows if row.keep == keep and row.status == "ok"}
     return list(chosen.values())
 
 
 def _survivors(lm: VtpruneChat, row: Row, inputs: Mapping[str, Any]) -> list[int]:
     """Tokens that outlive every stage."""
-    session = lm.attach(Plan.from_dict(row.plan or {}))
+    session = lm.attach(row.method, row.keep_value, basis=row.basis)
     with torch.inference_mode():
         lm.model(**inputs, logits_to_keep=1)
     return session.report.kept[-1].indices[0].tolist()

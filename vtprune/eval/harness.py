@@ -76,7 +76,7 @@ def quiet() -> Iterator[io.StringIO]:
     from loguru import logger
 
     text = io.StringIO()
-    # importing lmms_eval.models has replaced every loguru sink by one on stdout; this one keeps warnings visible
+    # importing lmms_eval.models has replaced every loguru sink by one on stdout; this one keeps errors visible
     logger.remove()
     logger.add(sys.stderr, level="ERROR")
     with redirect_stdout(text), redirect_stderr(text), warnings.catch_warnings():
@@ -133,7 +133,7 @@ class Harness:
             process_with_media=False, reasoning_tags=None, log_samples=True, predict_only=False, output_path=None
         )
         with quiet():
-            results = simple_evaluate(
+            results: Any = simple_evaluate(
                 model=model,
                 tasks=list(self._tasks.values()),
                 limit=self.limit,

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vtprune.bench.timing import Timing, interleaved_medians
-from vtprune.eval.asking import UNPRUNED, attach_to
-
-if TYPE_CHECKING:
-    from vtprune.plan import Plan
+from vtprune.eval.asking import UNPRUNED
 
 __all__ = ["prefill_timings", "replica"]
 
@@ -26,18 +23,18 @@ def replica(model: Any) -> Any:
 def prefill_timings(
     model: Any,
     inputs: Mapping[str, Any],
-    cells: Mapping[str, Plan],
+    cells: Mapping[str, Callable[[Any], Any]],
     rounds: int,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time one prefill (tower included) of each plan and of the bare model on the same batch.
+    """Time one prefill (tower included) of each cell and of the bare model on the same batch.
 
     The callables take turns, so that drift of the machine meets all of them; sessions are attached beforehand.
 
     Args:
         model: the unpruned model, with nothing attached.
         inputs: one batch.
-        cells: name to plan.
+        cells: name to a function that prunes the model it is given and returns the session.
         rounds: measurements of each.
         progress: called with the name after every prefill.
 
@@ -55,9 +52,9 @@ def prefill_timings(
     runs = {UNPRUNED: prefill(model)}
     sessions = []
     try:
-        for name, plan in cells.items():
+        for name, attach in cells.items():
             twin = replica(model)
-            sessions.append(attach_to(twin, plan))
+            sessions.append(attach(twin))
             runs[name] = prefill(twin)
         return interleaved_medians(runs, rounds=rounds, warmup=1, progress=progress)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import traceback
@@ -196,14 +197,17 @@ def _task_score(samples: Sequence[Sample], baseline: Sequence[Sample], seed: int
 
 def _time(rows: Sequence[Row], lm: VtpruneChat, harness: Harness, sweep: Sweep, progress: Progress) -> None:
     """Prefill medians of every cell that ran, on the first batch of the first task."""
-    from vtprune.eval.asking import UNPRUNED
+    from vtprune.eval.asking import UNPRUNED, attach_to
     from vtprune.eval.prefill import prefill_timings
-    from vtprune.plan import Plan
 
-    plans = {row.name: Plan.from_dict(row.plan) for row in rows if row.status == "ok" and row.plan is not None}
+    cells = {
+        row.name: functools.partial(attach_to, method=row.method, keep=row.keep_value, basis=row.basis)
+        for row in rows
+        if row.status == "ok" and row.method != UNPRUNED_ROW
+    }
     inputs = lm.encode(harness.prompts(lm, sweep.tasks[0], sweep.batch_size))
-    progress.start("prefill timing", (sweep.rounds + 1) * (len(plans) + 1))
-    timings = prefill_timings(lm.model, inputs, plans, sweep.rounds, lambda name: progress.step(f"prefill {name}"))
+    progress.start("prefill timing", (sweep.rounds + 1) * (len(cells) + 1))
+    timings = prefill_timings(lm.model, inputs, cells, sweep.rounds, lambda name: progress.step(f"prefill {name}"))
     full = timings[UNPRUNED].median_s
     for row in rows:
         timing = timings.get(UNPRUNED if row.method == UNPRUNED_ROW else row.name)

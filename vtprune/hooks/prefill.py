@@ -228,13 +228,12 @@ class Prefill:
     def _drop(self) -> Tensor:
         """Take the rows of visual tokens that left out of the sequence; [B, M'] index of those that stay."""
         position = self.layout.position.gather(1, self.alive.original)
-        marks = torch.zeros(self.batch, self.length, dtype=torch.long, device=position.device)
-        # added, not assigned: padding of the V axis points at text positions
-        marks.scatter_add_(1, position, self.alive.valid.long())
+        marks = torch.zeros(self.batch, self.length, dtype=torch.bool, device=position.device)
+        marks.scatter_(1, position, self.alive.valid)
         visual = self.prompt.visual
         if visual is None:
             raise InputError("a call without image placeholders cannot be pruned.")
-        keep = (self.layout.real & ~visual) | (marks > 0)
+        keep = (self.layout.real & ~visual) | marks
         self._gone = self.layout.real & ~keep
         counts = [text + now for text, now in zip(self.text_counts, self.alive.counts, strict=True)]
         self.rows, index = self.rows.keep(keep, counts)

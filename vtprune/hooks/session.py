@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtprune.contract import Scorer
-from vtprune.errors import SessionError
+from vtprune.errors import InputError, SessionError
 from vtprune.hooks.accounting import real_positions, report_full, report_pruned
 from vtprune.hooks.cache import record_of, write_record
 from vtprune.hooks.call import Step
@@ -26,7 +26,8 @@ from vtprune.report import Report
 
 __all__ = ["Session"]
 
-_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+# both ends weak: the hooks keep a session alive as long as its model, and nothing here keeps the model
+_sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
 class _Calls(threading.local):
@@ -55,12 +56,13 @@ class Session:
         self._root_signature = inspect.signature(type(self._parts.root).forward)
         self._tower_stages = self.plan.at("vision")
         self._model = weakref.ref(model)
-        if self._parts.root in _sessions:
+        other = _sessions.get(self._parts.root)
+        if other is not None:
             raise SessionError(
-                f"{type(model).__name__} is already pruned by {_sessions[self._parts.root]!r}. Call remove() on that "
-                "session first, or give prune() a list of methods to combine them."
+                f"{type(model).__name__} is already pruned by {other()!r}. Call remove() on that session first, or "
+                "give prune() a list of methods to combine them."
             )
-        _sessions[self._parts.root] = self
+        _sessions[self._parts.root] = weakref.ref(self)
         try:
             self._attach()
         except BaseException:
@@ -82,7 +84,8 @@ class Session:
         """Take every hook and probe off again. The model is exactly as before; calling it twice is harmless."""
         while self._undo:
             self._undo.pop()()
-        if _sessions.get(self._parts.root) is self:
+        mine = _sessions.get(self._parts.root)
+        if mine is not None and mine() is self:
             del _sessions[self._parts.root]
 
     def __enter__(self) -> Session:
@@ -118,8 +121,8 @@ class Session:
             pre(model, self._on_model)
         pre(parts.text_model, self._on_text)
         post(parts.text_model, self._after_text)
-        cuts = [s.site.index for s in self.plan.at("layer")]
-        for index in range(min(cuts, default=len(parts.layers)), len(parts.layers)):
+        # layer 0 never differs from the text model's own input; every other may, in a cache that another plan pruned
+        for index in range(1, len(parts.layers)):
             pre(parts.layers[index], self._on_layer(index))
         for block, scorers in watched_blocks(self.plan, "layer").items():
             module = self._family.attention(parts.layers[block])
@@ -161,6 +164,11 @@ class Session:
             arguments.update(arguments.pop("kwargs", {}))
         prompt = self._family.prompt(arguments)
         record = None if prompt.cache is None else record_of(prompt.cache)
+        if record is not None and self._planner.inactive:
+            raise InputError(
+                f"the cache holds a conversation of {record.length} tokens that was pruned, but this session keeps "
+                "everything (keep=1.0) and does not serve such caches. Continue under a session that prunes."
+            )
         if not any(prompt.counts):
             if record is not None:
                 calls.decoder = Step(self._parts, record, prompt.batch)

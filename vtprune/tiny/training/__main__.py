@@ -1,0 +1,49 @@
+"""`python -m vtprune.tiny.training --out DIR --seed 0`: trains, exports, measures and writes the card."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from vtprune.tiny.training.pipeline import measure, train, write
+
+# one process per core, and no accelerator: the recipe's seed refers to CPU generators
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+_PHASES = ("all", "vision", "symbolic", "practice", "joint", "export", "measure", "card")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m vtprune.tiny.training", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs, weights and the exported model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phase", choices=_PHASES, default="all", help="run a single phase again")
+    parser.add_argument("--split", choices=("dev", "test"), default="test", help="split that `measure` uses")
+    parser.add_argument("--quick", action="store_true", help="measure on few pictures")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the phase asked for, or all of them in order."""
+    arguments = _arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder: Path = arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
+    phase = arguments.phase
+    if phase not in ("export", "measure", "card"):
+        train(phase, arguments.seed, folder)
+    if phase in ("all", "export"):
+        from vtprune.tiny.training.export import export, write_examples
+
+        export(folder / "joint.pt", folder / "llava")
+        write_examples(folder / "examples")
+    if phase in ("all", "measure"):
+        measure(folder, arguments.split, arguments.quick)
+    if phase in ("all", "card"):
+        write(folder, arguments.seed, arguments.split, arguments.quick)
+
+
+if __name__ == "__main__":
+    main()

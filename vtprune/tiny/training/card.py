@@ -1,0 +1,163 @@
+"""The model card as Markdown, from the measurements and the logs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from vtprune.tiny.questions import KINDS_OF_QUESTION
+from vtprune.tiny.training.card_text import CLOSING, DATA, HEADER, MEASURING, MODEL, OPENING_NUMBERS, TRAINING
+from vtprune.tiny.training.evaluation import FASTV_LAYERS, KEEPS, RANDOM_SEEDS, Sample
+from vtprune.tiny.training.recipe import FIRST_READ_LAYER, READ_LAYER, Recipe
+from vtprune.tiny.vocabulary import WORDS
+
+_COLUMNS = (*KINDS_OF_QUESTION, "easy", "scenes")
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([_row(head), _row(["---"] * len(head)), *(_row(row) for row in rows)])
+
+
+def _percent(entry: dict[str, Any] | None, column: str) -> str:
+    return f"{entry[column][0]:.1f}" if entry and column in entry else "-"
+
+
+def _by_kind(packed: dict[str, Any]) -> str:
+    full = packed["all tokens"]["256"]
+    rows = [
+        [label, *(_percent(packed[name][keep], column) for column in _COLUMNS)]
+        for label, name, keep in (
+            ("all 256 tokens", "all tokens", "256"),
+            ("no visual tokens", "no visual tokens", "0"),
+            ("wrong image", "wrong image", "256"),
+        )
+    ]
+    rows.insert(1, ["95 % interval", *(f"{full[column][1]}-{full[column][2]}" for column in _COLUMNS)])
+    rows.append(["questions", *(str(full[column][3]) for column in _COLUMNS)])
+    return _table(["", *_COLUMNS], rows)
+
+
+def _spread(packed: dict[str, Any], keep: str, column: str) -> str:
+    values = [packed[f"random {seed}"][keep][column][0] for seed in range(RANDOM_SEEDS)]
+    return f"{sum(values) / len(values):.1f} (±{(max(values) - min(values)) / 2:.1f})"
+
+
+def _against_tokens(results: dict[str, Any], column: str) -> str:
+    packed, rows = results["packed"], results["rows"]
+    keeps = [str(keep) for keep in KEEPS]
+
+    def line(label: str, table: dict[str, Any], name: str, full: str) -> list[str]:
+        cells = [f"{table[name][k][column][0]:.1f}" if column in table.get(name, {}).get(k, {}) else "-" for k in keeps]
+        return [label, full, *cells]
+
+    def interval_line(name: str) -> list[str]:
+        cells = [f"{packed[name][k][column][1]}-{packed[name][k][column][2]}" for k in keeps]
+        return [f"{name}, 95 % interval", "", *cells]
+
+    full, full_rows = (f"{part['all tokens']['256'][column][0]:.1f}" for part in (packed, rows))
+    table = [[f"random, {RANDOM_SEEDS} seeds", full, *(_spread(packed, keep, column) for keep in keeps)]]
+    for name in ("random 0", "grid", "CLS attention", "max-min"):
+        if name != "random 0":
+            table.append(line(name, packed, name, full))
+        table.append(interval_line(name))
+    table.append(line("random (one question per row)", rows, "random", full_rows))
+    for layer in FASTV_LAYERS:
+        table.append(line(f"FastV-like K={layer}", rows, f"FastV-like K={layer}", full_rows))
+    if column == "scenes":
+        table.append(line("oracle", rows, "oracle", full_rows))
+    return _table(["method", "256", *keeps], table)
+
+
+def _by_kind_at(results: dict[str, Any], keep: str) -> str:
+    packed, rows = results["packed"], results["rows"]
+    drawn = [
+        sum(packed[f"random {seed}"][keep][kind][0] for seed in range(RANDOM_SEEDS)) / RANDOM_SEEDS for kind in _COLUMNS
+    ]
+    table = [["random, mean", *(f"{value:.1f}" for value in drawn)]]
+    for name in ("grid", "CLS attention", "max-min"):
+        table.append([name, *(_percent(packed[name].get(keep), kind) for kind in _COLUMNS)])
+    for name in (*(f"FastV-like K={layer}" for layer in FASTV_LAYERS), "oracle"):
+        table.append([name, *(_percent(rows[name].get(keep), kind) for kind in _COLUMNS)])
+    return _table([f"{keep} tokens", *_COLUMNS], table)
+
+
+def _depth(depth: dict[str, dict[str, float]]) -> str:
+    layers = sorted(depth, key=int)
+    rows = [[kind, *(f"{depth[k][kind]:.1f}" for k in layers)] for kind in _COLUMNS]
+    return _table(["dropped after layer k =", *layers], rows)
+
+
+def _layers(layers: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {layer}" for kind, layer in layers.items())
+
+
+def collect_facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What the card states besides accuracies: size, words, wall times, generate() counts, versions, notes.txt."""
+    weights = folder / "llava" / "model.safetensors"
+    with safe_open(weights, "pt") as stored:
+        shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118 - not a dict
+    notes = folder / "notes.txt"
+    walls = {name: folder / f"{name}.wall.json" for name in ("vision", "symbolic", "practice", "joint")}
+    return {
+        **results["generated"],
+        "parameters": sum(math.prod(shape) for shape in shapes),
+        "bytes": weights.stat().st_size,
+        "words": len(WORDS),
+        "notes": notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no accelerator, "
+        f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}",
+        "wall_s": {name: json.loads(path.read_text(encoding="utf-8")) for name, path in walls.items()},
+    }
+
+
+def write_card(results: dict[str, Any], recipe: Recipe, sample: Sample) -> str:
+    """The whole card."""
+    packed = results["packed"]
+    full, easy = packed["all tokens"]["256"], packed["all easy-VQA pictures"]["256"]["easy"]
+    facts = results["facts"]
+    reading, first_reading = (_layers(layers) for layers in (READ_LAYER, FIRST_READ_LAYER))
+    settings = _table(["setting", "value"], [[name, str(value)] for name, value in asdict(recipe).items()])
+    wall = _table(["phase", "wall time, s"], [[name, f"{value:.0f}"] for name, value in facts["wall_s"].items()])
+    notes = facts["notes"]
+    parts = [
+        HEADER,
+        OPENING_NUMBERS.format(scenes=full["scenes"], easy=easy, images=sample.scenes, **facts),
+        DATA,
+        MODEL.format(**facts),
+        TRAINING.format(reading=reading, first_reading=first_reading, seed=recipe.seed, **facts),
+        settings,
+        wall,
+        *([f"Notes on this run: {notes}"] if notes else []),
+        "![learning curves, depth and token curves](curves.png)",
+        f"## Test: accuracy by kind of question (%)\n\n{MEASURING.format(split=sample.split)}",
+        _by_kind(packed),
+        f"easy-VQA, all {easy[3]} test questions: {easy[0]} % ({easy[1]}-{easy[2]}).",
+        f"## Accuracy against visual tokens, scenes (%)\n\n{_against_tokens(results, 'scenes')}",
+        f"## Accuracy against visual tokens, easy-VQA (%)\n\n{_against_tokens(results, 'easy')}",
+        f"## By kind at 28 tokens (%)\n\n{_by_kind_at(results, '28')}",
+        f"## By kind at 16 tokens (%)\n\n{_by_kind_at(results, '16')}",
+        "## At which depth is the image read? (%)\n\nAll visual tokens are dropped after the first k decoder layers "
+        f"({sample.drop_scenes} scenes, {sample.row_easy} easy-VQA pictures).\n\n{_depth(results['depth'])}",
+        CLOSING.format(
+            words=len(WORDS),
+            scenes=sample.scenes,
+            easy=sample.easy,
+            row_scenes=sample.row_scenes,
+            row_easy=sample.row_easy,
+        ),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -1,0 +1,81 @@
+"""The sentences of the model card; numbers are filled in from measurements."""
+
+HEADER = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# vtprune tiny LLaVA
+
+A real `LlavaForConditionalGeneration`, trained from random weights, small enough to ship inside a package. It exists
+so that visual-token pruning can be tested, compared and demonstrated on a CPU, without downloads, on a model whose
+accuracy really depends on which tokens are kept."""
+
+OPENING_NUMBERS = """
+* **{scenes[0]} %** of test scene questions (95 % interval {scenes[1]}-{scenes[2]}, {scenes[3]} questions about
+  {images} scenes) and **{easy[0]} %** of easy-VQA test questions ({easy[1]}-{easy[2]}, {easy[3]} questions).
+* {parameters} parameters, `model.safetensors` {bytes} bytes in fp16.
+* A question counts as right when the whole answer matches, including `<eos>`. Intervals: bootstrap over images.
+* Through `processor` + `generate()` with the shipped fp16 weights run in fp32: {generated_right} of {generated}
+  test questions right, {generated_stopped} answers ended with `<eos>`."""
+
+DATA = """
+## Data
+
+Scenes of 128x128 px (`vtprune.tiny.scenes`): 7-10 objects (shapes of 13-17 px, handwritten digits of 20-22 px in a
+2 px coloured frame) placed freely among 10-13 pieces of clutter (rings, bars, diamonds and hashes of 8-11 px in purple,
+orange, pink and lime) on textured ground. Nothing ever asks about clutter. Kinds of question: `color`, `shape_color`
+("which shape is red?"), `digit_frame` ("which digit is in the red frame?"), `obj_loc` ("which object is at the top
+left?"), `where`, `exist`, `count` (0-5), `relation` ("is the red star left of the digit 4?"). About a quarter of the
+pictures in the last phase are easy-VQA (`easy-vqa` package, 64 px, resized).
+
+Splits share nothing: digits are scikit-learn's `load_digits` cut into 1200 / 300 / 297, ground textures 200 / 28 / 28,
+scenes are drawn from other random streams. easy-VQA: dev = last 400 training images, test = official test set.
+The test split was used once, for the tables below."""
+
+MODEL = """
+## Model
+
+CLIP ViT 4 layers x 128 (4 heads, patch 8, CLS token), two-layer projector, Llama 12 layers x 160 (4 heads, 2 key-value
+heads, SwiGLU 320), untied, vocabulary of {words} words, 256 visual tokens. Unusual initialisations: ViT positions start
+as a sine-cosine table, the heads of the first two ViT layers start by looking at their neighbours, and the first two
+heads of every decoder layer start by copying kind, colour and place of what they look at."""
+
+TRAINING = """
+## Training
+
+`python -m vtprune.tiny.training --out DIR --seed {seed}`; seed {seed}, {hardware}, fp32. One seed was trained; how much
+another seed differs is not known.
+
+1. **ViT** (vision, one core) learns the renderer's labels: kind, colour, third of the image and "is the centre" by
+   patch, clutter included; CLS learns which askable objects, colours and pairs are present (never clutter).
+2. **Decoder** (symbolic, the other core, at the same time) learns to answer from symbol tokens made of the same labels.
+   The first two heads of one layer per kind of question are taught where to look (0-based layer: {first_reading}).
+3. **Practice** (both cores) goes on with more of the hard questions and with relation and where swapped
+   ({reading}). A relation read at layer 7 had stayed at chance, and so it did at layer 4 until a loss on the
+   comparison itself (which of the two is higher, which further left) was added.
+4. **Joint** (both cores): the projector is regressed on the symbol tokens, then everything trains on pictures, first
+   with a part of the visual tokens, then with all; the term that teaches where to look fades out over the first half.
+
+So the training is not answer-only: renderer labels are used in all phases."""
+
+MEASURING = """
+Measured by `python -m vtprune.tiny.training --out DIR --phase measure --split {split}`; the tables are written by
+`--phase card`. Everything below comes from that one pass."""
+
+CLOSING = """
+Rules: random, grid, CLS attention (last ViT layer, mean over heads) and max-min (farthest-point choice by cosine
+distance of projected tokens, as in DivPrune) prune before the decoder and keep original positions: {scenes} scenes,
+{easy} easy-VQA pictures, many questions per row. The ± of random is half its range over 3 seeds. FastV-like K: layers
+1..K see all tokens, the last prompt token's attention in layer K (mean over heads) chooses what stays; oracle: tokens
+of the asked objects, centres first. Both are measured one question per row on {row_scenes} scenes and {row_easy}
+easy-VQA pictures (the first of the same ones); compare them with the random row measured alike.
+
+## What this model is not
+
+* Not a language model: it knows {words} words and the question patterns above, nothing else.
+* Not a stand-in for speed: at this size overheads hide what pruning saves.
+* Not evidence that a method wins on large models: CLS attention is trained on labels, reading depth is taught, and
+  one seed is one model.
+* Not unbiased between methods: clutter was added so that diversity alone cannot be enough at 16 tokens."""

@@ -1,0 +1,212 @@
+"""Batches: pictures with patch labels, and many questions about one picture packed into one row.
+
+A packed row is `<bos> user : <image>*256`, then for every question `question assistant : answer`. A question sees
+the prefix and itself only, and its positions start right behind the picture, as if it stood there alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from vtprune.tiny import sprites
+from vtprune.tiny.easy_vqa import easy_vqa_questions
+from vtprune.tiny.questions import FIRST_ANSWER_TOKEN, LAST_PROMPT_TOKEN, WEIGHTS, Draft, ask
+from vtprune.tiny.scenes import SceneObject, paint, question_generator, scene_objects
+from vtprune.tiny.training.recipe import READ_LAYER
+from vtprune.tiny.vocabulary import (
+    ASKED_COLORS,
+    ASKED_KINDS,
+    COLORS,
+    EOS,
+    GRID,
+    IMAGE_SIZE,
+    KINDS,
+    PATCH_SIZE,
+    SUFFIX,
+    VISUAL_TOKENS,
+    encode,
+)
+
+NAMES = ASKED_KINDS + ASKED_COLORS + ASKED_KINDS * ASKED_COLORS
+NO_REGION = 9
+IGNORE = -100
+_COVERED_PX = 9
+QUESTIONS_PER_ROW, TEXT_TOKENS = 14, 152
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pictures with labels and packed questions; N = 256 patches, T text tokens.
+
+    images: [B, 128, 128, 3] uint8, empty when only labels were wanted.
+    labels: [B, 5, N] int64 by patch: kind + 1 and colour + 1 (0 ground), region of the object's centre (0..8, 9 none),
+        object number (-1 none), is the patch the object's centre; all IGNORE for easy-VQA pictures.
+    names: [B, NAMES] float32, which askable kinds, colours and pairs are in the picture; -1 when unknown.
+    ids, segments, positions: [B, T] int64; segment 0 is padding.
+    targets: [R, 5] int64: picture, text position that predicts, word, question, is the word <eos>.
+    reads: [U, 5] int64: picture, text position, object bits, mode, decoder layer.
+    compares: [C, 5] int64: picture, text position, second minus first object in px (down, right), is it "yes".
+    drafts: questions by picture, in the order `targets` counts them.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    names: np.ndarray
+    ids: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    reads: np.ndarray
+    compares: np.ndarray
+    drafts: list[list[Draft]]
+
+
+def patch_labels(objects: list[SceneObject]) -> np.ndarray:
+    """[5, N] labels of one scene; a patch belongs to the object that covers most of it, from 9 of 64 px."""
+    cover = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.int64)
+    for number, item in enumerate(objects):
+        box = cover[item.top : item.top + item.size, item.left : item.left + item.size]
+        if item.is_digit:
+            box[:] = number + 1
+        else:
+            box[sprites.shape_mask(KINDS[item.kind], item.size, item.variant) > 0.5] = number + 1
+    blocks = cover.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(VISUAL_TOKENS, -1)
+    width = len(objects) + 1
+    flat = blocks + np.arange(VISUAL_TOKENS)[:, None] * width
+    area = np.bincount(flat.ravel(), minlength=VISUAL_TOKENS * width).reshape(VISUAL_TOKENS, width)[:, 1:]
+    owner = np.where(area.max(1) >= _COVERED_PX, area.argmax(1), -1)
+    centers = np.array([[int(axis // PATCH_SIZE) for axis in item.center] for item in objects], np.int64) @ (GRID, 1)
+    owner[centers] = np.arange(len(objects))
+    table = np.array([(item.kind + 1, item.color + 1, item.row * 3 + item.column) for item in objects])
+    labels = np.where(owner[None] >= 0, table[owner].T, np.array([[0], [0], [NO_REGION]]))
+    is_center = np.zeros((1, VISUAL_TOKENS), np.int64)
+    is_center[0, centers] = 1
+    return np.concatenate([labels, owner[None], is_center])
+
+
+def _names(objects: list[SceneObject]) -> np.ndarray:
+    names = np.zeros(NAMES, np.float32)
+    for item in objects:
+        if item.askable:
+            pair = ASKED_KINDS + ASKED_COLORS + item.kind * ASKED_COLORS + item.color
+            names[[item.kind, ASKED_KINDS + item.color, pair]] = 1
+    return names
+
+
+@lru_cache(maxsize=2)
+def easy_pictures(split: str) -> tuple[np.ndarray, list[list[Draft]]]:
+    """All easy-VQA pictures of a split at 128 px, [images, 128, 128, 3] uint8, and their questions."""
+    entries = easy_vqa_questions(split, images=10**6, per_image=10**6)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    pictures = np.stack([np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image, _ in entries])
+    return pictures, [[Draft(item.question, item.answer, "easy", ()) for item in asked] for _, asked in entries]
+
+
+@lru_cache(maxsize=65536)
+def _prompt(question: str) -> tuple[int, ...]:
+    return (*encode(question), *SUFFIX)
+
+
+def pack(
+    row: int, drafts: list[Draft], length: int, read_layer: Mapping[str, int] = READ_LAYER
+) -> tuple[np.ndarray, list[tuple], list[tuple], list[tuple], list[Draft]]:
+    """One row: (ids, segments, positions) [3, length], targets, reads, compares, and the questions that fitted."""
+    text = np.zeros((3, length), np.int64)
+    targets: list[tuple] = []
+    reads: list[tuple] = []
+    compares: list[tuple] = []
+    fitted: list[Draft] = []
+    start = 0
+    for draft in drafts:
+        prompt, answer = _prompt(draft.question), encode(draft.answer)
+        end = start + len(prompt) + len(answer)
+        if end > length:
+            continue
+        text[0, start:end] = (*prompt, *answer)
+        text[1, start:end] = len(fitted) + 1
+        text[2, start:end] = np.arange(end - start)
+        last = start + len(prompt) - 1
+        places = {LAST_PROMPT_TOKEN: last, FIRST_ANSWER_TOKEN: last + 1}
+        for offset, word in enumerate((*answer, EOS)):
+            targets.append((row, last + offset, word, len(fitted), int(word == EOS)))
+        for read in draft.reads:
+            position = places.get(read.position, start + read.position)
+            reads.append((row, position, read.objects, read.mode, read_layer[draft.kind]))
+        if draft.compare is not None:
+            place, down, right, says_yes = draft.compare
+            compares.append((row, start + place, round(down), round(right), int(says_yes)))
+        fitted.append(draft)
+        start = end
+    return text, targets, reads, compares, fitted
+
+
+def collate(
+    images: list[np.ndarray],
+    labels: list[np.ndarray],
+    names: list[np.ndarray],
+    drafts: list[list[Draft]],
+    text_tokens: int = TEXT_TOKENS,
+    read_layer: Mapping[str, int] = READ_LAYER,
+) -> Batch:
+    """Packs the questions of each picture and stacks everything."""
+    packed = [pack(row, asked, text_tokens, read_layer) for row, asked in enumerate(drafts)]
+    text = np.stack([entry[0] for entry in packed])
+    targets = [target for entry in packed for target in entry[1]]
+    reads = [read for entry in packed for read in entry[2]]
+    compares = [compare for entry in packed for compare in entry[3]]
+    return Batch(
+        np.stack(images) if images else np.zeros((0, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
+        np.stack(labels),
+        np.stack(names),
+        text[:, 0],
+        text[:, 1],
+        text[:, 2],
+        np.array(targets, np.int64).reshape(-1, 5),
+        np.array(reads, np.int64).reshape(-1, 5),
+        np.array(compares, np.int64).reshape(-1, 5),
+        [entry[4] for entry in packed],
+    )
+
+
+def scene_batch(
+    split: str,
+    seed: int,
+    first: int,
+    size: int,
+    *,
+    easy: int = 0,
+    dense: bool = False,
+    painted: bool = True,
+    questions: int = QUESTIONS_PER_ROW,
+    text_tokens: int = TEXT_TOKENS,
+    weights: Mapping[str, float] = WEIGHTS,
+    read_layer: Mapping[str, int] = READ_LAYER,
+) -> Batch:
+    """Scenes `first` .. `first + size - 1` of a split; the first `easy` of them replaced by easy-VQA pictures."""
+    images, labels, names, drafts = [], [], [], []
+    for index in range(first, first + size):
+        rng = question_generator(split, seed, index)
+        if index < first + easy:
+            pictures, asked = easy_pictures(split)
+            number = int(rng.integers(len(asked)))
+            images.append(pictures[number])
+            labels.append(np.full((5, VISUAL_TOKENS), IGNORE))
+            labels[-1][3] = -1
+            names.append(np.full(NAMES, -1, np.float32))
+            drafts.append([asked[number][place] for place in rng.permutation(len(asked[number]))])
+            continue
+        objects = scene_objects(split, seed, index, dense=dense)
+        if painted:
+            images.append(paint(objects, split, seed, index))
+        labels.append(patch_labels(objects))
+        names.append(_names(objects))
+        drafts.append(ask(objects, rng, questions, weights) if questions else [])
+    return collate(images, labels, names, drafts, text_tokens if questions or easy else 8, read_layer)
+
+
+COLOR_CLASSES, KIND_CLASSES = len(COLORS) + 1, len(KINDS) + 1

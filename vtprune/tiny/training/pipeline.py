@@ -1,0 +1,91 @@
+"""The phases of a training run, each from files to files; worker processes import them from here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def run_phase(name: str, seed: int, folder: Path) -> None:
+    """Runs one training phase and notes its wall time; the imports are per process."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from vtprune.tiny.training.recipe import Recipe
+
+    start = time.monotonic()
+    if name == "vision":
+        from vtprune.tiny.training.phase_vision import train_vision as work
+    elif name == "symbolic":
+        from vtprune.tiny.training.phase_symbolic import train_symbolic as work
+    elif name == "practice":
+        from vtprune.tiny.training.phase_symbolic import train_practice as work
+    else:
+        from vtprune.tiny.training.phase_joint import train_joint as work
+    work(Recipe(seed=seed), folder)
+    wall = round(time.monotonic() - start, 1)
+    (folder / f"{name}.wall.json").write_text(json.dumps(wall), encoding="utf-8")
+    _LOGGER.info("%s took %s s", name, wall)
+
+
+def train(phase: str, seed: int, folder: Path) -> None:
+    """ViT and first symbolic cycle are independent and run at the same time; the others use all processes."""
+    early = [name for name in ("vision", "symbolic") if phase in ("all", name)]
+    with ProcessPoolExecutor(len(early) or 1, mp_context=get_context("spawn")) as pool:
+        for running in [pool.submit(run_phase, name, seed, folder) for name in early]:
+            running.result()
+    for name in ("practice", "joint"):
+        if phase in ("all", name):
+            run_phase(name, seed, folder)
+
+
+def _measure_part(part: str, folder: Path, split: str, quick: bool) -> Any:
+    import torch
+
+    from vtprune.tiny.training import evaluation, generation
+    from vtprune.tiny.training.export import load_trained
+
+    torch.set_num_threads(1)
+    sample = evaluation.Sample(split)
+    sample = evaluation.quick(sample) if quick else sample
+    if part == "generated":
+        return generation.measure_generation(folder / "llava", sample)
+    model = load_trained(folder / "joint.pt")
+    measures = {
+        "packed": evaluation.measure_packed,
+        "rows": evaluation.measure_rows,
+        "depth": evaluation.measure_depth,
+    }
+    return measures[part](model, sample)
+
+
+def measure(folder: Path, split: str, quick: bool) -> None:
+    """Writes results-SPLIT.json: every number of the card, from the trained weights and the exported folder."""
+    parts = ("packed", "rows", "depth", "generated")
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        running = {part: pool.submit(_measure_part, part, folder, split, quick) for part in parts}
+        results = {part: future.result() for part, future in running.items()}
+    name = f"results-{split}{'-quick' if quick else ''}.json"
+    (folder / name).write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def write(folder: Path, seed: int, split: str, quick: bool) -> None:
+    """Writes MODEL_CARD.md, curves.png and the learning curves beside the exported weights."""
+    from vtprune.tiny.training import card, evaluation, plots
+    from vtprune.tiny.training.recipe import Recipe
+
+    name = f"results-{split}{'-quick' if quick else ''}.json"
+    results = json.loads((folder / name).read_text(encoding="utf-8"))
+    results["facts"] = card.collect_facts(folder, results)
+    sample = evaluation.Sample(split)
+    sample = evaluation.quick(sample) if quick else sample
+    shipped = folder / "llava"
+    (shipped / "MODEL_CARD.md").write_text(card.write_card(results, Recipe(seed=seed), sample), encoding="utf-8")
+    plots.draw_curves(folder, results, shipped / "curves.png")
+    for log in ("vision", "symbolic", "practice", "joint"):
+        (shipped / f"{log}.jsonl").write_text((folder / f"{log}.jsonl").read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,0 +1,75 @@
+"""Every number of the training recipe in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vtprune.tiny.questions import WEIGHTS
+
+# decoder layer (0-based) whose first two heads are taught to look, by kind of question. Different layers, so that
+# the image is read over the first two thirds of the decoder and not at one depth. A relation is read early because
+# comparing two places takes layers of its own: read at layer 7 it stayed at chance
+READ_LAYER = {
+    "digit_frame": 1,
+    "shape_color": 2,
+    "color": 3,
+    "exist": 3,
+    "relation": 4,
+    "obj_loc": 5,
+    "count": 6,
+    "where": 7,
+}
+# the first cycle of the symbolic phase was run with these two the other way round
+FIRST_READ_LAYER = {**READ_LAYER, "relation": 7, "where": 4}
+# questions of the second cycle: more of what the first one had not learnt
+PRACTICE_WEIGHTS = {**WEIGHTS, "relation": 5.0, "obj_loc": 2.4, "count": 2.4}
+READ_HEADS = 2
+# decoder layers (0-based) at whose input a relation's comparison, then its verdict, must be readable
+COMPARE_LAYER, VERDICT_LAYER = 8, 10
+# weight of the <eos> target after every answer against the words of the answer
+EOS_WEIGHT = 0.2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Step counts, not time budgets, so that the result does not depend on how fast the machine is.
+
+    Batches count images. `*_rate` are peak learning rates of AdamW, cosine with warm-up.
+    """
+
+    seed: int = 0
+    # (steps, peak rate): two cosine cycles, each with a fresh AdamW; they take as long as the symbolic phase
+    vision_cycles: tuple[tuple[int, float], ...] = ((1050, 1.5e-3), (600, 7e-4))
+    vision_batch: int = 24
+    symbolic_steps: int = 1600
+    symbolic_full_steps: int = 60
+    symbolic_batch: int = 5
+    symbolic_rate: float = 1.5e-3
+    practice_steps: int = 480
+    practice_full_steps: int = 40
+    practice_batch: int = 12
+    practice_rate: float = 1.2e-3
+    symbolic_tokens: int = 52
+    symbolic_noise: float = 0.45
+    align_steps: int = 150
+    align_batch: int = 16
+    align_rate: float = 2e-3
+    joint_steps: int = 620
+    joint_subset_steps: int = 360
+    joint_subset_tokens: int = 96
+    joint_batch: int = 12
+    joint_rate: float = 8e-4
+    joint_vision_factor: float = 0.5
+    joint_label_weight: float = 0.3
+    read_weight: float = 0.6
+    compare_weight: float = 0.3
+    workers: int = 2
+    evaluate_every: int = 200
+    joint_evaluate_every: int = 150
+
+    def __post_init__(self) -> None:
+        if self.joint_batch % self.workers or self.align_batch % self.workers:
+            raise ValueError(
+                f"joint_batch and align_batch must be multiples of workers={self.workers}, got "
+                f"{self.joint_batch} and {self.align_batch}. Change workers or the batches."
+            )

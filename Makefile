@@ -12,6 +12,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 LMMS_EVAL ?= lmms-eval==0.7.3
 OUT ?= runs
 ARGS ?=
+# test processes; each loads torch once
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +36,7 @@ run: $(STAMP)
 	$(BIN)/vtprune eval --out $(OUT)/latest $(if $(filter 1,$(FAST)),--fast) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)

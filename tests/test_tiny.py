@@ -87,8 +87,9 @@ def test_a_scene_does_not_depend_on_how_many_are_asked_for() -> None:
 
 
 def test_seeds_and_splits_give_other_scenes() -> None:
-    pictures = {scene_questions(split, 1, seed)[0][0].tobytes() for split in SPLITS for seed in (0, 1)}
-    assert len(pictures) == 6
+    drawn = [(split, seed) for split in SPLITS for seed in (0, 1)]
+    assert len({scene_questions(split, 1, seed)[0][0].tobytes() for split, seed in drawn}) == 6
+    assert len({tuple(scene_objects(split, seed, 0)) for split, seed in drawn}) == 6
 
 
 def test_splits_share_no_handwritten_digit() -> None:

@@ -143,7 +143,7 @@ def write_card(results: dict[str, Any], recipe: Recipe, sample: Sample) -> str:
         wall,
         *([f"Notes on this run: {notes}"] if notes else []),
         "![learning curves, depth and token curves](curves.png)",
-        f"## Test: accuracy by kind of question (%)\n\n{MEASURING.format(split=sample.split)}",
+        f"## Test: accuracy by kind of question (%)\n\n{MEASURING.format(split=sample.split).strip()}",
         _by_kind(packed),
         f"easy-VQA, all {easy[3]} test questions: {easy[0]} % ({easy[1]}-{easy[2]}).",
         f"## Accuracy against visual tokens, scenes (%)\n\n{_against_tokens(results, 'scenes')}",

@@ -45,8 +45,8 @@ heads of every decoder layer start by copying kind, colour and place of what the
 TRAINING = """
 ## Training
 
-`python -m vtprune.tiny.training --out DIR --seed {seed}`; seed {seed}, {hardware}, fp32. One seed was trained; how much
-another seed differs is not known.
+`python -m vtprune.tiny.training --out DIR --seed {seed}`; seed {seed}, {hardware}, fp32.
+One seed was trained; how much another seed differs is not known.
 
 1. **ViT** (vision, one core) learns the renderer's labels: kind, colour, third of the image and "is the centre" by
    patch, clutter included; CLS learns which askable objects, colours and pairs are present (never clutter).
@@ -78,4 +78,4 @@ easy-VQA pictures (the first of the same ones); compare them with the random row
 * Not a stand-in for speed: at this size overheads hide what pruning saves.
 * Not evidence that a method wins on large models: CLS attention is trained on labels, reading depth is taught, and
   one seed is one model.
-* Not unbiased between methods: clutter was added so that diversity alone cannot be enough at 16 tokens."""
+* Not unbiased between methods: clutter was added so that diversity alone costs accuracy at 16 tokens."""

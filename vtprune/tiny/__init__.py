@@ -27,9 +27,7 @@ def tiny_folder(name: str = "llava") -> Path:
     return Path(__file__).parent / name
 
 
-def load_tiny(
-    name: str = "llava", *, dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_tiny(name: str = "llava", *, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A shipped checkpoint with its processor, from the package's own files (no network).
 
     Args:

@@ -106,9 +106,7 @@ def scene_objects(split: str, seed: int, index: int, *, dense: bool = False) -> 
     for size, kind, color, gap in wanted:
         corners = rng.integers(0, IMAGE_SIZE - size + 1, (_TRIES, 2))
         placed = boxes[: len(objects)]
-        apart = (corners[:, None] >= placed[None, :, 2:] + gap) | (
-            corners[:, None] + size + gap <= placed[None, :, :2]
-        )
+        apart = (corners[:, None] >= placed[None, :, 2:] + gap) | (corners[:, None] + size + gap <= placed[None, :, :2])
         free = np.flatnonzero(apart.any(-1).all(-1))
         if not len(free):
             continue

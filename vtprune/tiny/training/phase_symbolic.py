@@ -43,9 +43,7 @@ def choose_patches(batch: Batch, rng: np.random.Generator, count: int) -> torch.
 
 def dev_batches(images: int, size: int, *, easy: int = 0, painted: bool = True) -> list[Batch]:
     """The first dev scenes of the training-time dev seed (other scenes than any table uses)."""
-    return [
-        scene_batch("dev", DEV_SEED, first, size, easy=easy, painted=painted) for first in range(0, images, size)
-    ]
+    return [scene_batch("dev", DEV_SEED, first, size, easy=easy, painted=painted) for first in range(0, images, size)]
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ def open_image(path: Path) -> Image:
     Raises:
         InputError: if there is no such file or it is not an image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not path.is_file():
         raise InputError(f"there is no image file {str(path)!r}.")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{str(path)!r} is not an image that Pillow can read: {error}. Pass a PNG or JPEG.") from error
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "Sweep", "SweepResult", "environment", "run_sweep", "write_predictions"]
 
+_TIMED_BATCH = 8  # enough to fill two cores; timing every cell on larger batches takes longer than the questions
+
 Samples = Mapping[str, Sequence[Sample]]
 
 
@@ -196,7 +198,7 @@ def _task_score(samples: Sequence[Sample], baseline: Sequence[Sample], seed: int
 
 
 def _time(rows: Sequence[Row], lm: VtpruneChat, harness: Harness, sweep: Sweep, progress: Progress) -> None:
-    """Prefill medians of every cell that ran, on the first batch of the first task."""
+    """Prefill medians of every cell that ran, on the first questions of the first task."""
     from vtprune.eval.asking import UNPRUNED, attach_to
     from vtprune.eval.prefill import prefill_timings
 
@@ -205,7 +207,7 @@ def _time(rows: Sequence[Row], lm: VtpruneChat, harness: Harness, sweep: Sweep, 
         for row in rows
         if row.status == "ok" and row.method != UNPRUNED_ROW
     }
-    inputs = lm.encode(harness.prompts(lm, sweep.tasks[0], sweep.batch_size))
+    inputs = lm.encode(harness.prompts(lm, sweep.tasks[0], min(sweep.batch_size, _TIMED_BATCH)))
     progress.start("prefill timing", (sweep.rounds + 1) * (len(cells) + 1))
     timings = prefill_timings(lm.model, inputs, cells, sweep.rounds, lambda name: progress.step(f"prefill {name}"))
     full = timings[UNPRUNED].median_s

@@ -56,7 +56,8 @@ One seed was trained; how much another seed differs is not known.
    ({reading}). A relation read at layer 7 had stayed at chance, and so it did at layer 4 until a loss on the
    comparison itself (which of the two is higher, which further left) was added.
 4. **Joint** (both cores): the projector is regressed on the symbol tokens, then everything trains on pictures, first
-   with a part of the visual tokens, then with all; the term that teaches where to look fades out over the first half.
+   with a part of the visual tokens, then with all; the term that teaches where to look fades out over the first half,
+   the comparison loss, here with one on its yes or no, over the whole phase.
 
 So the training is not answer-only: renderer labels are used in all phases."""
 

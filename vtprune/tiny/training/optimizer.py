@@ -27,7 +27,8 @@ class SharedGradients:
     def average(self, parameters: list[nn.Parameter]) -> None:
         """Replaces every gradient by the mean over the processes; the same bits in each of them."""
         count = sum(parameter.numel() for parameter in parameters)
-        torch.cat([parameter.grad.flatten() for parameter in parameters], out=self.buffer[self.rank, :count])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch.cat([gradient.flatten() for gradient in gradients], out=self.buffer[self.rank, :count])
         self.barrier.wait()
         mean = self.buffer[:, :count].mean(0)
         self.barrier.wait()

@@ -170,7 +170,7 @@ def test_pool_equals_the_unpruned_model_on_averaged_features(attention: str) -> 
 @torch.no_grad()
 def test_merging_after_a_cut_in_a_ragged_batch_that_starts_with_images() -> None:
     """Padding of the token axis must not write over the first row, which is visual here."""
-    model, rows = llava(), (Row(1, 0, 5, 0), Row(2, 0, 4, 1), Row(0, 2, 9, 2))
+    model, rows = llava(), (Row(1, 0, 40, 0), Row(2, 0, 4, 1), Row(0, 2, 9, 2))
     stages = (
         vtprune.Stage(vtprune.Site("input"), vtprune.Uniform(), 0.75),
         vtprune.Stage(vtprune.Site("layer", 2), vtprune.Pool(), 0.25),

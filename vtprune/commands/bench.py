@@ -84,6 +84,9 @@ def _measure_and_print(
     screen = console()
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("[progress.description]{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("", encoding="utf-8")
     with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task("bench", total=None)
 
@@ -92,13 +95,13 @@ def _measure_and_print(
 
         for row in run_bench(model, inputs, config, tell):
             rows.append({**row, **extra})
+            if out is not None:  # at once: a long run that is stopped keeps what it has measured
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
     screen.print(bench_table(rows))
     for row in rows:
         for warning in row.get("warnings", []):
-            screen.print(
-                Text(f"warning: {row['method']} at keep {keep_text(row['keep'])} is {warning}", style="yellow")
-            )
+            where = f"{row['method']} at keep {keep_text(row['keep'])}"
+            screen.print(Text(f"warning: {where}: {warning}", style="yellow"))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         screen.print(f"rows written to {out}", markup=False, soft_wrap=True)

@@ -38,19 +38,19 @@ def eval_command(
     model: Annotated[str, typer.Option(help="tiny:llava, a hub id or a local folder.")] = "tiny:llava",
     methods: Annotated[str, typer.Option(help="Comma-separated names, or 'all'.")] = "all",
     keeps: Annotated[
-        str | None, typer.Option(help=f"Budgets: shares such as 1/4 or 25%, or tokens such as 64. [default: {_KEEPS}]")
+        str | None, typer.Option(help=f"Budgets: shares such as 1/4 or 25%, or tokens such as 64. (default: {_KEEPS})")
     ] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated lmms-eval task names.")] = ",".join(BUNDLED_TASKS),
     limit: Annotated[
         int | None,
-        typer.Option(help=f"Questions a task, 0 for all. [default: {_QUESTIONS}, {_FAST_QUESTIONS} if fast]"),
+        typer.Option(help=f"Questions a task, 0 for all. (default: {_QUESTIONS}, {_FAST_QUESTIONS} if fast)"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a call.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/latest"),
     fast: Annotated[bool, typer.Option("--fast", help=f"A quick look: {_FAST_KEEPS}, fewer questions.")] = False,
     seed: Annotated[int, typer.Option(help="Of the bundled tasks' questions and of the bootstrap.")] = 0,
     basis: Annotated[str, typer.Option(help="What a budget counts: average (over layers) or final.")] = "average",
-    device: Annotated[str | None, typer.Option(help="Where the model runs. [default: what is there]")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs. (default: what is there)")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="Attention backend of transformers.")] = None,
     tasks_dir: Annotated[

@@ -83,7 +83,7 @@ def make_examples(result: SweepResult, harness: Harness, lm: VtpruneChat, per_ta
             for row in rows:
                 kept = _survivors(lm, row, inputs)
                 sample = _sample(result, row.name, task, place)
-                tiles.append(_tile(f"{row.name}: {len(kept)} left", sample, draw_kept(picture, kept, side, side)))
+                tiles.append(_tile(f"{row.name} ({len(kept)})", sample, draw_kept(picture, kept, side, side)))
             examples.append(Example(asked.question, asked.answer, tuple(tiles)))
     lm.detach()
     return examples

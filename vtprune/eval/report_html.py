@@ -130,7 +130,8 @@ def _examples(examples: Sequence[Example]) -> str:
         return ""
     parts = [
         "<h2>What stays</h2>",
-        '<p class="note">Tokens that outlive every stage, at the budget in the middle of the sweep; the rest is '
+        '<p class="note">Tokens that outlive every stage (in brackets: how many), at the budget in the middle of '
+        "the sweep; the rest is "
         "greyed out. A method that drops inside the decoder has read the grey cells in its first layers; one that "
         "merges has averaged them into the cells that are left.</p>",
     ]

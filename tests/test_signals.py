@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import IMAGE, Row, batch, llava
 from torch import Tensor
+from transformers import AttentionInterface
 
 import vtprune
 from vtprune.contract import AttentionView, Memory, Scorer, TokenView
@@ -118,3 +119,24 @@ def test_padding_of_a_ragged_tower_is_marked(tower: str) -> None:
     alone = last.value[0, :, : int(last.real[0].sum())]
     want = alone[:, :1] if tower == "clip" else alone.mean(1, keepdim=True)
     torch.testing.assert_close(last.query_value[0], want, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_backend_sees_the_users_config_and_other_threads_still_see_the_probe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a backend runs, a second thread that calls the same module must still be observed."""
+    model, inputs = llava("sdpa"), batch(ROWS[0])
+    attention = model.model.language_model.layers[0].self_attn
+    users, sdpa, seen = attention.config, AttentionInterface._global_mapping["sdpa"], []
+
+    def backend(module: torch.nn.Module, *args: Tensor, **kwargs: object) -> object:
+        if getattr(module, "layer_idx", None) == 0:
+            seen.append((module.config is users, attention.config is users))
+        return sdpa(module, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", backend)
+    with vtprune.prune(model, "fastv", 0.5):
+        model(**inputs)
+    assert seen == [(True, False)]
+    assert attention.config is users

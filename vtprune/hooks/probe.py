@@ -23,25 +23,24 @@ Observer = Callable[[Tensor, Tensor, Tensor, float], None]
 """Called with query [B, H, M, d], key [B, Hkv, N, d], value [B, Hkv, N, d] (after RoPE and cache) and the scaling."""
 
 _NAME = "vtprune_probe"
-_probes: weakref.WeakKeyDictionary[nn.Module, tuple[Observer, Any, Any]] = weakref.WeakKeyDictionary()
+_probes: weakref.WeakKeyDictionary[nn.Module, tuple[Observer, Any]] = weakref.WeakKeyDictionary()
 
 
 def _probed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    observer, theirs, ours = _probes[module]
+    observer, theirs = _probes[module]
     scaling = kwargs.get("scaling")
     observer(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     base = theirs._attn_implementation
     # eager functions live in each modeling file and are passed to HF's lookup as its default
     default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(base, default)  # type: ignore[arg-type]
-    # flash functions read module.config themselves, so they must find the user's config there
-    module.config = theirs
-    try:
-        return function(module, query, key, value, attention_mask, **kwargs)
-    finally:
-        module.config = ours
+    # flash functions read module.config themselves and must find the user's there; a stand-in over the same weights has
+    # it, while the module itself, which other threads may be calling, is left alone
+    stand_in = copy.copy(module)
+    stand_in.config = theirs
+    return function(stand_in, query, key, value, attention_mask, **kwargs)
 
 
 def attach_probe(module: nn.Module, observer: Observer) -> Callable[[], None]:
@@ -54,7 +53,7 @@ def attach_probe(module: nn.Module, observer: Observer) -> Callable[[], None]:
     theirs: Any = module.config
     ours = copy.copy(theirs)
     ours._attn_implementation = _NAME
-    _probes[module] = (observer, theirs, ours)
+    _probes[module] = (observer, theirs)
     module.config = ours  # type: ignore[assignment]
 
     def detach() -> None:

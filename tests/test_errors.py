@@ -57,6 +57,8 @@ def test_keep_and_flops_exclude_each_other(model: LlavaForConditionalGeneration)
         vtprune.prune(model, "uniform", 5, basis="middle")
     with pytest.raises(vtprune.BudgetError, match=r"flops must be a share in \(0, 1\].*got 30"):
         vtprune.prune(model, "uniform", flops=30)
+    with pytest.raises(vtprune.BudgetError, match=r"flops must be a share in \(0, 1\].*got '0\.3'"):
+        vtprune.prune(model, "uniform", flops="0.3")
 
 
 def test_several_methods_need_several_budgets(model: LlavaForConditionalGeneration) -> None:

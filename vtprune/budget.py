@@ -146,7 +146,9 @@ class Budget:
         if flops is not None:
             if keep is not None:
                 raise BudgetError(f"give keep or flops, not both, got keep={keep!r} and flops={flops!r}.")
-            if isinstance(flops, bool) or not 0.0 < flops <= 1.0:
+            # callers without a type checker pass anything here
+            number = isinstance(flops, (int, float))  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not number or isinstance(flops, bool) or not 0.0 < flops <= 1.0:
                 raise BudgetError(f"flops must be a share in (0, 1] of the unpruned prefill, got {flops!r}.")
             return cls(float(flops), "flops")
         return cls(None if keep is None else parse_keep(keep), basis)  # type: ignore[arg-type]

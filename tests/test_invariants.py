@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from oracle import hidden_keys, masked
 from torch import Tensor, nn
 
 import vtprune
-from vtprune.contract import METHODS
+from vtprune.contract import METHODS, Scorer, TokenView
 
 BACKENDS = ["sdpa", "eager"]
 DROPPING = ["random", "uniform", "fastv", "divprune"]
@@ -167,13 +169,27 @@ def test_pool_equals_the_unpruned_model_on_averaged_features(attention: str) -> 
     assert torch.equal(ids, ref)
 
 
+@dataclass(frozen=True)
+class Absorb(Scorer):
+    """Keeps the first tokens and averages all others into the very first, which `pool` never does."""
+
+    name: ClassVar[str] = "absorb"
+    merges: ClassVar[bool] = True
+
+    def score(self, view: TokenView) -> Tensor:
+        return -view.original.float()
+
+    def assign(self, view: TokenView, kept: Tensor) -> Tensor:
+        return torch.arange(kept.shape[1]).expand_as(kept).where(kept, 0)
+
+
 @torch.no_grad()
 def test_merging_after_a_cut_in_a_ragged_batch_that_starts_with_images() -> None:
     """Padding of the token axis must not write over the first row, which is visual here."""
     model, rows = llava(), (Row(1, 0, 40, 0), Row(2, 0, 4, 1), Row(0, 2, 9, 2))
     stages = (
         vtprune.Stage(vtprune.Site("input"), vtprune.Uniform(), 0.75),
-        vtprune.Stage(vtprune.Site("layer", 2), vtprune.Pool(), 0.25),
+        vtprune.Stage(vtprune.Site("layer", 2), Absorb(), 0.25),
     )
     with vtprune.prune(model, vtprune.Plan(stages)):
         together = model(**batch(*rows)).logits

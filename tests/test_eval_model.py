@@ -16,12 +16,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from vtprune.bench.measure import shared_copy
 from vtprune.cli import app
 from vtprune.errors import InputError, SessionError, UnknownNameError
 from vtprune.eval import TASKS_DIR, task_data
 from vtprune.eval.asking import attach_to, cut_answer, generation_arguments
 from vtprune.eval.harness import Harness, Sample, require_lmms_eval
-from vtprune.eval.prefill import prefill_timings, replica
+from vtprune.eval.prefill import prefill_timings
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
@@ -182,7 +183,7 @@ def test_unknown_tasks_and_limits_are_named() -> None:
 
 def test_replicas_share_weights_and_sessions_do_not_meet() -> None:
     model = models.llava()
-    twin = replica(model)
+    twin = shared_copy(model)
     assert twin is not model
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     with attach_to(model, "random", 0.25), attach_to(twin, "uniform", 0.5):

@@ -7,7 +7,7 @@ N keys of the attention block, H query heads, Hkv key/value heads, R query rows,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -19,7 +19,7 @@ from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan, Site, Stage
 from vtprune.registry import Registry
 
-__all__ = ["METHODS", "AttentionView", "Memory", "Queries", "Scorer", "TokenView", "top_k_mask"]
+__all__ = ["METHODS", "AttentionView", "Memory", "Queries", "Scorer", "TokenView", "compose", "top_k_mask"]
 
 Memory = dict[str, Tensor]
 """Per-token running signals of one call, each [B, V]; the engine gathers them whenever tokens are dropped."""
@@ -214,3 +214,16 @@ class Scorer:
 
 
 METHODS: Registry[Scorer] = Registry("method", "vtprune.scorers")
+
+
+def compose(methods: Sequence[Scorer], budgets: Sequence[Budget], geometry: Geometry) -> Plan:
+    """One plan of several methods in order, each solved on what the earlier ones leave.
+
+    Raises:
+        BudgetError: if a budget is missing or out of reach.
+        PlanError: if the methods cannot follow each other in this order.
+    """
+    plan = Plan()
+    for method, budget in zip(methods, budgets, strict=True):
+        plan = plan + method.plan(geometry.after(plan), budget)
+    return plan

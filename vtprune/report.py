@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -90,7 +90,7 @@ class Report:
             "text_tokens": list(self.text_tokens),
             "tokens_per_layer": [list(row) for row in self.tokens_per_layer],
             "average_tokens": list(self.average_tokens),
-            "kept": [{"site": str(k.site), "indices": [[int(j) for j in i] for i in k.indices]} for k in self.kept],
+            "kept": [{"site": str(k.site), "indices": _lists(k.indices)} for k in self.kept],
             "flops": self.flops,
             "flops_full": self.flops_full,
             "vision_flops": self.vision_flops,
@@ -98,6 +98,11 @@ class Report:
             "kv_bytes": self.kv_bytes,
             "kv_bytes_full": self.kv_bytes_full,
         }
+
+
+def _lists(indices: tuple[Tensor, ...]) -> list[list[int]]:
+    """One copy to the host a tensor, not one an element."""
+    return [cast("list[int]", i.tolist()) for i in indices]  # pyright: ignore[reportUnknownMemberType]
 
 
 def _runs(row: tuple[int, ...]) -> str:

@@ -33,17 +33,13 @@ def solve_stages(
         PlanError: if the methods cannot follow each other in this order.
     """
     from vtprune.budget import Budget
-    from vtprune.contract import METHODS
-    from vtprune.plan import Plan
+    from vtprune.contract import METHODS, compose
 
     if flops is not None and len(methods) > 1:
         raise BudgetError(f"--flops fits one method, got {len(methods)} ({','.join(methods)}). Use --keep a,b instead.")
-    plan, read = Plan(), []
-    for index, name in enumerate(methods):
-        budget = Budget.make(None if keeps is None else keeps[index], basis=basis, flops=flops)
-        plan = plan + METHODS[name]().plan(geometry.after(plan), budget)
-        read.append(f"{name}: {budget}")
-    return plan, read
+    budgets = [Budget.make(k, basis=basis, flops=flops) for k in keeps or [None] * len(methods)]
+    plan = compose([METHODS[name]() for name in methods], budgets, geometry)
+    return plan, [f"{name}: {budget}" for name, budget in zip(methods, budgets, strict=True)]
 
 
 def plan_command(

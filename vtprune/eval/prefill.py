@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from vtprune.bench.measure import shared_copy
 from vtprune.bench.timing import Timing, interleaved_medians
 from vtprune.eval.asking import UNPRUNED
 
-__all__ = ["prefill_timings", "replica"]
-
-
-def replica(model: Any) -> Any:
-    """A second model object on the same weight tensors, so that another session can be attached to it."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+__all__ = ["prefill_timings"]
 
 
 def prefill_timings(
@@ -53,7 +47,7 @@ def prefill_timings(
     sessions = []
     try:
         for name, attach in cells.items():
-            twin = replica(model)
+            twin = shared_copy(model)
             sessions.append(attach(twin))
             runs[name] = prefill(twin)
         return interleaved_medians(runs, rounds=rounds, warmup=1, progress=progress)

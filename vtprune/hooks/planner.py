@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtprune.budget import Budget, Geometry
-from vtprune.contract import METHODS, Scorer
+from vtprune.contract import METHODS, Scorer, compose
 from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan
 
@@ -82,10 +82,7 @@ class Planner:
             return plan
 
     def _solve(self, geometry: Geometry) -> Plan:
-        plan = Plan()
-        for method, budget in zip(self._methods, self._budgets, strict=True):
-            plan = plan + method.plan(geometry.after(plan), budget)
-        return plan
+        return compose(self._methods, self._budgets, geometry)
 
 
 def _as_list(methods: Any) -> list[str | Scorer]:

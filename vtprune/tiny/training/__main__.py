@@ -12,7 +12,7 @@ from vtprune.tiny.training.pipeline import measure, train, write
 # one process per core, and no accelerator: the recipe's seed refers to CPU generators
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-_PHASES = ("all", "vision", "symbolic", "practice", "joint", "export", "measure", "card")
+_PHASES = ("all", "vision", "symbolic", "joint", "export", "measure", "card")
 
 
 def _arguments() -> argparse.Namespace:

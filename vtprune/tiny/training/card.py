@@ -18,7 +18,7 @@ from safetensors import safe_open
 from vtprune.tiny.questions import KINDS_OF_QUESTION
 from vtprune.tiny.training.card_text import CLOSING, DATA, HEADER, MEASURING, MODEL, OPENING_NUMBERS, TRAINING
 from vtprune.tiny.training.evaluation import FASTV_LAYERS, KEEPS, RANDOM_SEEDS, Sample
-from vtprune.tiny.training.recipe import FIRST_READ_LAYER, READ_LAYER, Recipe
+from vtprune.tiny.training.recipe import READ_LAYER, Recipe
 from vtprune.tiny.vocabulary import WORDS
 
 _COLUMNS = (*KINDS_OF_QUESTION, "easy", "scenes")
@@ -111,7 +111,7 @@ def collect_facts(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     with safe_open(weights, "pt") as stored:
         shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118 - not a dict
     notes = folder / "notes.txt"
-    walls = {name: folder / f"{name}.wall.json" for name in ("vision", "symbolic", "practice", "joint")}
+    walls = {name: folder / f"{name}.wall.json" for name in ("vision", "symbolic", "joint")}
     return {
         **results["generated"],
         "parameters": sum(math.prod(shape) for shape in shapes),
@@ -129,7 +129,6 @@ def write_card(results: dict[str, Any], recipe: Recipe, sample: Sample) -> str:
     packed = results["packed"]
     full, easy = packed["all tokens"]["256"], packed["all easy-VQA pictures"]["256"]["easy"]
     facts = results["facts"]
-    reading, first_reading = (_layers(layers) for layers in (READ_LAYER, FIRST_READ_LAYER))
     settings = _table(["setting", "value"], [[name, str(value)] for name, value in asdict(recipe).items()])
     wall = _table(["phase", "wall time, s"], [[name, f"{value:.0f}"] for name, value in facts["wall_s"].items()])
     notes = facts["notes"]
@@ -138,7 +137,7 @@ def write_card(results: dict[str, Any], recipe: Recipe, sample: Sample) -> str:
         OPENING_NUMBERS.format(scenes=full["scenes"], easy=easy, images=sample.scenes, **facts),
         DATA,
         MODEL.format(**facts),
-        TRAINING.format(reading=reading, first_reading=first_reading, seed=recipe.seed, **facts),
+        TRAINING.format(reading=_layers(READ_LAYER), seed=recipe.seed, **facts),
         settings,
         wall,
         *([f"Notes on this run: {notes}"] if notes else []),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
@@ -21,7 +20,8 @@ from vtprune.tiny.training.decoder import (
     run_decoder,
     run_layer,
 )
-from vtprune.tiny.training.packing import IGNORE, NAMES, Batch, collate, easy_pictures, scene_batch
+from vtprune.tiny.training.easy import easy_pictures
+from vtprune.tiny.training.packing import Batch, collate, easy_labels, scene_batch
 from vtprune.tiny.training.scoring import Scores, score, score_dropped
 from vtprune.tiny.vocabulary import VISUAL_TOKENS
 
@@ -55,15 +55,13 @@ def scene_batches(sample: Sample, images: int) -> list[Batch]:
 
 def easy_batches(split: str, images: int) -> list[Batch]:
     """The first easy-VQA pictures of a split with all their questions."""
-    pictures, asked = easy_pictures(split)
-    labels = np.full((5, VISUAL_TOKENS), IGNORE)
-    labels[3] = -1
+    pictures = easy_pictures(split)[:images]
     batches = []
-    for first in range(0, min(images, len(asked)), _SIZE):
-        chosen = slice(first, first + _SIZE)
-        count = len(asked[chosen])
-        names = [np.full(NAMES, -1, np.float32)] * count
-        batches.append(collate(list(pictures[chosen]), [labels] * count, names, asked[chosen], _TEXT))
+    for first in range(0, len(pictures), _SIZE):
+        chosen = pictures[first : first + _SIZE]
+        labels, names = zip(*map(easy_labels, chosen), strict=True)
+        drafts = [picture.drafts for picture in chosen]
+        batches.append(collate([picture.pixels for picture in chosen], list(labels), list(names), drafts, _TEXT))
     return batches
 
 

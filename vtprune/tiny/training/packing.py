@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image
 
 from vtprune.tiny import sprites
-from vtprune.tiny.easy_vqa import easy_vqa_questions
 from vtprune.tiny.questions import FIRST_ANSWER_TOKEN, LAST_PROMPT_TOKEN, WEIGHTS, Draft, ask
 from vtprune.tiny.scenes import SceneObject, paint, question_generator, scene_objects
+from vtprune.tiny.training.easy import EasyPicture, easy_pictures
 from vtprune.tiny.training.recipe import READ_LAYER
 from vtprune.tiny.vocabulary import (
     ASKED_COLORS,
@@ -45,7 +44,8 @@ class Batch:
 
     images: [B, 128, 128, 3] uint8, empty when only labels were wanted.
     labels: [B, 5, N] int64 by patch: kind + 1 and colour + 1 (0 ground), region of the object's centre (0..8, 9 none),
-        object number (-1 none), is the patch the object's centre; all IGNORE for easy-VQA pictures.
+        object number (-1 none), is the patch the object's centre; kind or colour is IGNORE where an easy-VQA picture
+        does not tell it.
     names: [B, NAMES] float32, which askable kinds, colours and pairs are in the picture; -1 when unknown.
     ids, segments, positions: [B, T] int64; segment 0 is padding.
     targets: [R, 5] int64: picture, text position that predicts, word, question, is the word <eos>.
@@ -75,18 +75,41 @@ def patch_labels(objects: list[SceneObject]) -> np.ndarray:
             box[:] = number + 1
         else:
             box[sprites.shape_mask(KINDS[item.kind], item.size, item.variant) > 0.5] = number + 1
+    centers = [item.center for item in objects]
+    table = [(item.kind + 1, item.color + 1, item.row * 3 + item.column) for item in objects]
+    return _label_patches(cover, centers, table)
+
+
+def _label_patches(
+    cover: np.ndarray, centers: list[tuple[float, float]], table: list[tuple[int, int, int]]
+) -> np.ndarray:
+    """[5, N] labels from a map of object numbers + 1, and each object's centre and (kind + 1, colour + 1, region)."""
     blocks = cover.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(VISUAL_TOKENS, -1)
-    width = len(objects) + 1
+    width = len(centers) + 1
     flat = blocks + np.arange(VISUAL_TOKENS)[:, None] * width
     area = np.bincount(flat.ravel(), minlength=VISUAL_TOKENS * width).reshape(VISUAL_TOKENS, width)[:, 1:]
     owner = np.where(area.max(1) >= _COVERED_PX, area.argmax(1), -1)
-    centers = np.array([[int(axis // PATCH_SIZE) for axis in item.center] for item in objects], np.int64) @ (GRID, 1)
-    owner[centers] = np.arange(len(objects))
-    table = np.array([(item.kind + 1, item.color + 1, item.row * 3 + item.column) for item in objects])
-    labels = np.where(owner[None] >= 0, table[owner].T, np.array([[0], [0], [NO_REGION]]))
+    middle = np.array([[int(axis // PATCH_SIZE) for axis in center] for center in centers], np.int64) @ (GRID, 1)
+    owner[middle] = np.arange(len(centers))
+    labels = np.where(owner[None] >= 0, np.array(table)[owner].T, np.array([[0], [0], [NO_REGION]]))
     is_center = np.zeros((1, VISUAL_TOKENS), np.int64)
-    is_center[0, centers] = 1
+    is_center[0, middle] = 1
     return np.concatenate([labels, owner[None], is_center])
+
+
+def easy_labels(picture: EasyPicture) -> tuple[np.ndarray, np.ndarray]:
+    """([5, N] patch labels, [NAMES] names) of an easy-VQA picture, as of a scene with one object."""
+    places = np.nonzero(picture.cover)
+    center = tuple((float(axis.min()) + float(axis.max())) / 2 for axis in places)
+    row, column = (int(axis * 3 // IMAGE_SIZE) for axis in center)
+    kind, color = picture.kind, picture.color
+    told = tuple(IGNORE if value is None else value + 1 for value in (kind, color))
+    labels = _label_patches(picture.cover.astype(np.int64), [center], [(*told, row * 3 + column)])
+    if kind is None or color is None:
+        return labels, np.full(NAMES, -1, np.float32)
+    names = np.zeros(NAMES, np.float32)
+    names[[kind, ASKED_KINDS + color, ASKED_KINDS + ASKED_COLORS + kind * ASKED_COLORS + color]] = 1
+    return labels, names
 
 
 def _names(objects: list[SceneObject]) -> np.ndarray:
@@ -98,22 +121,13 @@ def _names(objects: list[SceneObject]) -> np.ndarray:
     return names
 
 
-@lru_cache(maxsize=2)
-def easy_pictures(split: str) -> tuple[np.ndarray, list[list[Draft]]]:
-    """All easy-VQA pictures of a split at 128 px, [images, 128, 128, 3] uint8, and their questions."""
-    entries = easy_vqa_questions(split, images=10**6, per_image=10**6)
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    pictures = np.stack([np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image, _ in entries])
-    return pictures, [[Draft(item.question, item.answer, "easy", ()) for item in asked] for _, asked in entries]
-
-
 @lru_cache(maxsize=65536)
 def _prompt(question: str) -> tuple[int, ...]:
     return (*encode(question), *SUFFIX)
 
 
 def pack(
-    row: int, drafts: list[Draft], length: int, read_layer: Mapping[str, int] = READ_LAYER
+    row: int, drafts: list[Draft], length: int
 ) -> tuple[np.ndarray, list[tuple], list[tuple], list[tuple], list[Draft]]:
     """One row: (ids, segments, positions) [3, length], targets, reads, compares, and the questions that fitted."""
     text = np.zeros((3, length), np.int64)
@@ -136,7 +150,7 @@ def pack(
             targets.append((row, last + offset, word, len(fitted), int(word == EOS)))
         for read in draft.reads:
             position = places.get(read.position, start + read.position)
-            reads.append((row, position, read.objects, read.mode, read_layer[draft.kind]))
+            reads.append((row, position, read.objects, read.mode, READ_LAYER[draft.kind]))
         if draft.compare is not None:
             place, down, right, says_yes = draft.compare
             compares.append((row, start + place, round(down), round(right), int(says_yes)))
@@ -151,10 +165,9 @@ def collate(
     names: list[np.ndarray],
     drafts: list[list[Draft]],
     text_tokens: int = TEXT_TOKENS,
-    read_layer: Mapping[str, int] = READ_LAYER,
 ) -> Batch:
     """Packs the questions of each picture and stacks everything."""
-    packed = [pack(row, asked, text_tokens, read_layer) for row, asked in enumerate(drafts)]
+    packed = [pack(row, asked, text_tokens) for row, asked in enumerate(drafts)]
     text = np.stack([entry[0] for entry in packed])
     targets = [target for entry in packed for target in entry[1]]
     reads = [read for entry in packed for read in entry[2]]
@@ -185,20 +198,22 @@ def scene_batch(
     questions: int = QUESTIONS_PER_ROW,
     text_tokens: int = TEXT_TOKENS,
     weights: Mapping[str, float] = WEIGHTS,
-    read_layer: Mapping[str, int] = READ_LAYER,
 ) -> Batch:
     """Scenes `first` .. `first + size - 1` of a split; the first `easy` of them replaced by easy-VQA pictures."""
     images, labels, names, drafts = [], [], [], []
     for index in range(first, first + size):
         rng = question_generator(split, seed, index)
         if index < first + easy:
-            pictures, asked = easy_pictures(split)
-            number = int(rng.integers(len(asked)))
-            images.append(pictures[number])
-            labels.append(np.full((5, VISUAL_TOKENS), IGNORE))
-            labels[-1][3] = -1
-            names.append(np.full(NAMES, -1, np.float32))
-            drafts.append([asked[number][place] for place in rng.permutation(len(asked[number]))])
+            pictures = easy_pictures(split)
+            picture = pictures[int(rng.integers(len(pictures)))]
+            if painted:
+                images.append(picture.pixels)
+            patches, named = easy_labels(picture)
+            labels.append(patches)
+            names.append(named)
+            drafts.append(
+                [picture.drafts[place] for place in rng.permutation(len(picture.drafts))] if questions else []
+            )
             continue
         objects = scene_objects(split, seed, index, dense=dense)
         if painted:
@@ -206,7 +221,7 @@ def scene_batch(
         labels.append(patch_labels(objects))
         names.append(_names(objects))
         drafts.append(ask(objects, rng, questions, weights) if questions else [])
-    return collate(images, labels, names, drafts, text_tokens if questions or easy else 8, read_layer)
+    return collate(images, labels, names, drafts, text_tokens if questions else 8)
 
 
 COLOR_CLASSES, KIND_CLASSES = len(COLORS) + 1, len(KINDS) + 1

@@ -15,7 +15,7 @@ from vtprune.tiny.training.optimizer import CurveLog, Optimizer, SharedGradients
 from vtprune.tiny.training.packing import Batch, scene_batch
 from vtprune.tiny.training.phase_symbolic import choose_patches, dev_batches
 from vtprune.tiny.training.phase_vision import VISION_PARTS
-from vtprune.tiny.training.recipe import PRACTICE_WEIGHTS, Recipe
+from vtprune.tiny.training.recipe import TRAINING_WEIGHTS, Recipe
 from vtprune.tiny.training.scoring import score
 from vtprune.tiny.training.workers import run_workers
 
@@ -46,7 +46,7 @@ def _align(trainee: Trainee, recipe: Recipe, shared: SharedGradients, log: Curve
     optimizer = Optimizer([(_parameters(trainee, _ANSWER_PARTS[2:]), recipe.align_rate)], shared)
     for step in range(recipe.align_steps):
         first = _FIRST_ALIGN_SCENE + (step * recipe.workers + shared.rank) * size
-        batch = scene_batch("train", recipe.seed, first, size, questions=0)
+        batch = scene_batch("train", recipe.seed, first, size, easy=1, questions=0)
         with torch.no_grad():
             encoded = encode_images(model, batch.images)
             target = trainee.symbols(batch.labels)
@@ -61,7 +61,7 @@ def _joint_batch(recipe: Recipe, step: int, rank: int) -> Batch:
     """One process's share: one or two easy-VQA pictures, the rest scenes."""
     size = recipe.joint_batch // recipe.workers
     first = _FIRST_SCENE + (step * recipe.workers + rank) * size
-    return scene_batch("train", recipe.seed, first, size, easy=1 + (step + rank) % 2, weights=PRACTICE_WEIGHTS)
+    return scene_batch("train", recipe.seed, first, size, easy=1 + (step + rank) % 2, weights=TRAINING_WEIGHTS)
 
 
 def _joint_loss(
@@ -91,7 +91,7 @@ def _train(rank: int, buffer: torch.Tensor, barrier: Any, recipe: Recipe, folder
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
     trainee = Trainee()
-    for name in ("vision.pt", "practice.pt"):
+    for name in ("vision.pt", "symbolic.pt"):
         trainee.load_state_dict(torch.load(folder / name), strict=False)
     trainee.compile_layers()
     model = trainee.llava
@@ -121,7 +121,7 @@ def _train(rank: int, buffer: torch.Tensor, barrier: Any, recipe: Recipe, folder
         last = step == recipe.joint_steps - 1
         if step % 25 == 0 or last:
             log.write(step=step, norm=round(norm, 2), **report)
-        if rank == 0 and ((step and step % recipe.joint_evaluate_every == 0) or last):
+        if rank == 0 and ((step and step % recipe.evaluate_every == 0) or last):
             log.write(dev_step=step, **dev_summary())
             weights = {n: w.detach() for n, w in trainee.named_parameters() if n.startswith("llava.")}
             torch.save(weights, folder / "joint.pt")

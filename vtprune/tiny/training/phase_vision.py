@@ -25,25 +25,16 @@ def train_vision(recipe: Recipe, folder: Path) -> Path:
     trainee = Trainee()
     trainee.compile_layers()
     log = CurveLog(folder / "vision.jsonl")
-    scene = _FIRST_SCENE
-    for steps, rate in recipe.vision_cycles:
-        _cycle(trainee, recipe, (steps, rate), scene, log)
-        scene += steps * recipe.vision_batch
-    target = folder / "vision.pt"
-    torch.save({n: w.detach() for n, w in trainee.named_parameters() if n.startswith(VISION_PARTS)}, target)
-    return target
-
-
-def _cycle(trainee: Trainee, recipe: Recipe, cycle: tuple[int, float], scene: int, log: CurveLog) -> None:
-    """One cosine cycle of (steps, peak rate), on scenes from number `scene` on."""
-    steps, rate = cycle
     chosen = [weight for name, weight in trainee.named_parameters() if name.startswith(VISION_PARTS)]
-    optimizer = Optimizer([(chosen, rate)])
+    optimizer = Optimizer([(chosen, recipe.vision_rate)])
+    size, steps = recipe.vision_batch, recipe.vision_steps
     for step in range(steps):
-        first = scene + step * recipe.vision_batch
-        batch = scene_batch("train", recipe.seed, first, recipe.vision_batch, dense=True, questions=0)
+        first = _FIRST_SCENE + step * size
+        batch = scene_batch("train", recipe.seed, first, size, easy=recipe.vision_easy, dense=True, questions=0)
         loss, report = label_loss(trainee, encode_images(trainee.llava, batch.images), batch)
         norm = optimizer.step(loss, cosine(step, steps, warmup=100))
         if step % 25 == 0 or step == steps - 1:
-            done = (first - _FIRST_SCENE) // recipe.vision_batch
-            log.write(step=done, loss=round(loss.item(), 3), norm=round(norm, 2), **report)
+            log.write(step=step, loss=round(loss.item(), 3), norm=round(norm, 2), **report)
+    target = folder / "vision.pt"
+    torch.save({n: w.detach() for n, w in trainee.named_parameters() if n.startswith(VISION_PARTS)}, target)
+    return target

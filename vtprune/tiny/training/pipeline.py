@@ -23,8 +23,6 @@ def run_phase(name: str, seed: int, folder: Path) -> None:
         from vtprune.tiny.training.phase_vision import train_vision as work
     elif name == "symbolic":
         from vtprune.tiny.training.phase_symbolic import train_symbolic as work
-    elif name == "practice":
-        from vtprune.tiny.training.phase_symbolic import train_practice as work
     else:
         from vtprune.tiny.training.phase_joint import train_joint as work
     work(Recipe(seed=seed), folder)
@@ -34,14 +32,13 @@ def run_phase(name: str, seed: int, folder: Path) -> None:
 
 
 def train(phase: str, seed: int, folder: Path) -> None:
-    """ViT and first symbolic cycle are independent and run at the same time; the others use all processes."""
+    """ViT and decoder are independent at first and run at the same time; the joint phase uses all processes."""
     early = [name for name in ("vision", "symbolic") if phase in ("all", name)]
     with ProcessPoolExecutor(len(early) or 1, mp_context=get_context("spawn")) as pool:
         for running in [pool.submit(run_phase, name, seed, folder) for name in early]:
             running.result()
-    for name in ("practice", "joint"):
-        if phase in ("all", name):
-            run_phase(name, seed, folder)
+    if phase in ("all", "joint"):
+        run_phase("joint", seed, folder)
 
 
 def _measure_part(part: str, folder: Path, split: str, quick: bool) -> Any:
@@ -87,5 +84,5 @@ def write(folder: Path, seed: int, split: str, quick: bool) -> None:
     shipped = folder / "llava"
     (shipped / "MODEL_CARD.md").write_text(card.write_card(results, Recipe(seed=seed), sample), encoding="utf-8")
     plots.draw_curves(folder, results, shipped / "curves.png")
-    for log in ("vision", "symbolic", "practice", "joint"):
+    for log in ("vision", "symbolic", "joint"):
         (shipped / f"{log}.jsonl").write_text((folder / f"{log}.jsonl").read_text(encoding="utf-8"), encoding="utf-8")

@@ -52,8 +52,8 @@ def _draw_learning(axes: Any, folder: Path) -> None:
         axes[0].plot([line["step"] for line in vision], [100 * line[name] for line in vision], label=name)
     axes[0].set(title="phase 1: ViT, patch labels (training batches)", xlabel="step", ylabel="% right")
     axes[0].legend(fontsize=7)
-    for name in ("symbolic", "practice", "joint"):
+    for name in ("symbolic", "joint"):
         lines = [line for line in read_curve(folder / f"{name}.jsonl") if "dev_step" in line]
         axes[1].plot([line["dev_step"] for line in lines], [line["scenes"] for line in lines], "o-", label=name)
-    axes[1].set(title="symbolic, practice, joint: dev scenes, whole answers", xlabel="step", ylabel="% right")
+    axes[1].set(title="symbolic, joint: dev scenes, whole answers", xlabel="step", ylabel="% right")
     axes[1].legend(fontsize=7)

@@ -14,15 +14,14 @@ READ_LAYER = {
     "shape_color": 2,
     "color": 3,
     "exist": 3,
+    "easy": 3,
     "relation": 4,
     "obj_loc": 5,
     "count": 6,
     "where": 7,
 }
-# the first cycle of the symbolic phase was run with these two the other way round
-FIRST_READ_LAYER = {**READ_LAYER, "relation": 7, "where": 4}
-# questions of the second cycle: more of what the first one had not learnt
-PRACTICE_WEIGHTS = {**WEIGHTS, "relation": 5.0, "obj_loc": 2.4, "count": 2.4}
+# how often each kind of question is asked in training: more of those that learn slowest
+TRAINING_WEIGHTS = {**WEIGHTS, "relation": 3.0, "obj_loc": 2.0, "count": 3.0}
 READ_HEADS = 2
 # decoder layers (0-based) at whose input a relation's comparison, then its verdict, must be readable
 COMPARE_LAYER, VERDICT_LAYER = 8, 10
@@ -38,24 +37,22 @@ class Recipe:
     """
 
     seed: int = 0
-    # (steps, peak rate): two cosine cycles, each with a fresh AdamW; they take as long as the symbolic phase
-    vision_cycles: tuple[tuple[int, float], ...] = ((1050, 1.5e-3), (600, 7e-4))
+    vision_steps: int = 1500
+    vision_rate: float = 1.5e-3
     vision_batch: int = 24
-    symbolic_steps: int = 1600
+    vision_easy: int = 2
+    symbolic_steps: int = 2500
     symbolic_full_steps: int = 60
-    symbolic_batch: int = 5
     symbolic_rate: float = 1.5e-3
-    practice_steps: int = 480
-    practice_full_steps: int = 40
-    practice_batch: int = 12
-    practice_rate: float = 1.2e-3
+    symbolic_batch: int = 5
+    symbolic_easy: int = 1
     symbolic_tokens: int = 52
     symbolic_noise: float = 0.45
     align_steps: int = 150
     align_batch: int = 16
     align_rate: float = 2e-3
-    joint_steps: int = 620
-    joint_subset_steps: int = 360
+    joint_steps: int = 1000
+    joint_subset_steps: int = 600
     joint_subset_tokens: int = 96
     joint_batch: int = 12
     joint_rate: float = 8e-4
@@ -65,7 +62,6 @@ class Recipe:
     compare_weight: float = 0.3
     workers: int = 2
     evaluate_every: int = 200
-    joint_evaluate_every: int = 150
 
     def __post_init__(self) -> None:
         if self.joint_batch % self.workers or self.align_batch % self.workers:

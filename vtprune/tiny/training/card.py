@@ -18,7 +18,7 @@ from safetensors import safe_open
 from vtprune.tiny.questions import KINDS_OF_QUESTION
 from vtprune.tiny.training.card_text import CLOSING, DATA, HEADER, MEASURING, MODEL, OPENING_NUMBERS, TRAINING
 from vtprune.tiny.training.evaluation import FASTV_LAYERS, KEEPS, RANDOM_SEEDS, Sample
-from vtprune.tiny.training.recipe import READ_LAYER, Recipe
+from vtprune.tiny.training.recipe import COMPARE_LAYER, READ_LAYER, VERDICT_LAYER, Recipe
 from vtprune.tiny.vocabulary import WORDS
 
 _COLUMNS = (*KINDS_OF_QUESTION, "easy", "scenes")
@@ -137,7 +137,9 @@ def write_card(results: dict[str, Any], recipe: Recipe, sample: Sample) -> str:
         OPENING_NUMBERS.format(scenes=full["scenes"], easy=easy, images=sample.scenes, **facts),
         DATA,
         MODEL.format(**facts),
-        TRAINING.format(reading=_layers(READ_LAYER), seed=recipe.seed, **facts),
+        TRAINING.format(
+            reading=_layers(READ_LAYER), compare=COMPARE_LAYER, verdict=VERDICT_LAYER, seed=recipe.seed, **facts
+        ),
         settings,
         wall,
         *([f"Notes on this run: {notes}"] if notes else []),

@@ -27,7 +27,7 @@ Scenes of 128x128 px (`vtprune.tiny.scenes`): 7-10 objects (shapes of 13-17 px, 
 2 px coloured frame) placed freely among 10-13 pieces of clutter (rings, bars, diamonds and hashes of 8-11 px in purple,
 orange, pink and lime) on textured ground. Nothing ever asks about clutter. Kinds of question: `color`, `shape_color`
 ("which shape is red?"), `digit_frame` ("which digit is in the red frame?"), `obj_loc` ("which object is at the top
-left?"), `where`, `exist`, `count` (0-5), `relation` ("is the red star left of the digit 4?"). About a quarter of the
+left?"), `where`, `exist`, `count` (0-5), `relation` ("is the red star left of the digit 4?"). A quarter of the
 pictures in the last phase are easy-VQA (`easy-vqa` package, 64 px, resized).
 
 Splits share nothing: digits are scikit-learn's `load_digits` cut into 1200 / 300 / 297, ground textures 200 / 28 / 28,
@@ -51,15 +51,17 @@ One seed was trained; how much another seed differs is not known.
 1. **ViT** (vision, one core) learns the renderer's labels: kind, colour, third of the image and "is the centre" by
    patch, clutter included; CLS learns which askable objects, colours and pairs are present (never clutter).
 2. **Decoder** (symbolic, the other core, at the same time) learns to answer from symbol tokens made of the same labels.
-   The first two heads of one layer per kind of question are taught where to look (0-based layer: {first_reading}).
-3. **Practice** (both cores) goes on with more of the hard questions and with relation and where swapped
-   ({reading}). A relation read at layer 7 had stayed at chance, and so it did at layer 4 until a loss on the
-   comparison itself (which of the two is higher, which further left) was added.
-4. **Joint** (both cores): the projector is regressed on the symbol tokens, then everything trains on pictures, first
+   The first two heads of one layer per kind of question are taught where to look (0-based layer: {reading}).
+   Relations are also taught their two steps: the comparison itself (which of the two is higher, which further left)
+   must be readable at the input of layer {compare}, yes or no at that of layer {verdict}.
+3. **Joint** (both cores): the projector is regressed on the symbol tokens, then everything trains on pictures, first
    with a part of the visual tokens, then with all; the term that teaches where to look fades out over the first half,
-   the comparison loss, here with one on its yes or no, over the whole phase.
+   the two terms for relations over the whole phase.
 
-So the training is not answer-only: renderer labels are used in all phases."""
+easy-VQA pictures take part in all phases. Their labels follow from each training picture's own questions and answers
+(shape and colour; about one in ten does not tell both) and from its pixels (place).
+
+So the training is not answer-only: labels are used in all phases."""
 
 MEASURING = """
 Measured by `python -m vtprune.tiny.training --out DIR --phase measure --split {split}`; the tables are written by

@@ -11,7 +11,7 @@ import torch
 
 import vtprune
 from vtprune.bench import timing
-from vtprune.bench.measure import Prefill, cache_bytes, peak_bytes, shared_copy
+from vtprune.bench.measure import BareDecoder, Prefill, cache_bytes, peak_bytes, shared_copy
 from vtprune.bench.runner import BenchConfig, run_bench
 from vtprune.bench.table import bench_table
 from vtprune.bench.timing import interleaved_medians, summarise
@@ -151,6 +151,32 @@ def test_bench_rows_are_complete_and_serialise() -> None:
     assert half["config"]["seed"] == 0
 
 
+def test_the_bare_decoder_runs_every_length_once_and_averages_over_the_layers(
+    clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine on which n rows take 10 + n seconds: half the rows are worth less than half the time."""
+    model = build_random("mini")
+    bare = BareDecoder(shared_copy(model), batch=2, length=40, rounds=1)
+    seen: list[tuple[int, ...]] = []
+
+    def run(*, inputs_embeds: torch.Tensor, use_cache: bool) -> None:
+        seen.append(tuple(inputs_embeds.shape))
+        clock.now += 10 + inputs_embeds.shape[1]
+
+    monkeypatch.setattr(bare, "_decoder", run)
+    assert bare.ratio([40, 40, 20, 20]) == pytest.approx((1 + 30 / 50) / 2)
+    assert sorted(set(seen)) == [(2, 20, 64), (2, 40, 64)]
+    seen.clear()
+    assert bare.ratio([20] * 4) == pytest.approx(0.6)
+    assert not seen, "measured before"
+
+
+def test_bare_rows_are_those_of_the_longest_sample() -> None:
+    rows = _rows(batch_size=2, keeps=(0.5,))
+    assert rows[0]["bare_ratio"] == 1.0
+    assert rows[1]["bare_quotient"] == pytest.approx(rows[1]["prefill_flop_ratio"] / rows[1]["bare_ratio"])
+
+
 def test_bench_says_what_a_schedule_cannot_reach(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
@@ -210,9 +236,14 @@ def test_bench_command_writes_rows(tmp_path: Path) -> None:
 
     out = tmp_path / "deep" / "bench.jsonl"
     args = ["bench", "--model", "random:mini", "--methods", "uniform", "--keeps", "1/2", "--rounds", "1"]
-    result = CliRunner().invoke(app, [*args, "--decode-steps", "1", "--out", str(out)])
+    before = torch.get_num_threads()
+    try:
+        result = CliRunner().invoke(app, [*args, "--decode-steps", "1", "--threads", "2", "--out", str(out)])
+    finally:
+        torch.set_num_threads(before)
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["keep"] for row in rows] == [1.0, 0.5]
     assert {row["model"] for row in rows} == {"random:mini"}
+    assert {row["threads"] for row in rows} == {2}
     assert "unpruned" in result.output

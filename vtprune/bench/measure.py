@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtprune.bench.timing import timer
+from vtprune.bench.timing import interleaved_medians, timer
 from vtprune.errors import InputError, UnsupportedModelError
 
-__all__ = ["Decoder", "Prefill", "cache_bytes", "peak_bytes", "shared_copy"]
+__all__ = ["BareDecoder", "Decoder", "Prefill", "cache_bytes", "peak_bytes", "shared_copy"]
 
 
 def shared_copy(model: Any) -> Any:
@@ -105,6 +106,44 @@ class Decoder:
                 )
                 self._token = out.logits[:, -1:].argmax(-1)
         return self._token
+
+
+class BareDecoder:
+    """The decoder alone, without pruning, on prompts of any length: what fewer tokens are worth on this machine.
+
+    Small matrices keep a processor less busy, so even a prompt that is short from the start is rarely faster by as much
+    as its FLOPs are fewer. That share is no pruning method's fault, and none can beat it.
+
+    Args:
+        model: a model of the bench's own.
+        batch: samples.
+        length: rows of the unpruned prompt.
+        rounds: timed calls of each length; the median counts.
+    """
+
+    def __init__(self, model: Any, batch: int, length: int, rounds: int) -> None:
+        self._decoder = model.get_decoder()
+        weight = next(self._decoder.parameters())
+        width = model.config.get_text_config().hidden_size
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(batch, length, width, generator=generator)
+        self._states = states.to(weight.device, weight.dtype)
+        self._length, self._rounds = length, rounds
+        self._shares: dict[int, float] = {length: 1.0}
+
+    def ratio(self, lengths: Sequence[int], progress: Callable[[str], object] | None = None) -> float:
+        """Time of decoder layers that see `lengths` rows each, as a share of the unpruned prompt's."""
+        missing = sorted(set(lengths) - set(self._shares))
+        if missing:
+            runs = {str(n): partial(self._run, n) for n in (self._length, *missing)}
+            times = interleaved_medians(runs, self._rounds, warmup=1, progress=progress)
+            full = times[str(self._length)].median_s
+            self._shares |= {n: times[str(n)].median_s / full for n in missing}
+        return sum(self._shares[n] for n in lengths) / len(lengths)
+
+    def _run(self, length: int) -> Any:
+        with torch.no_grad():
+            return self._decoder(inputs_embeds=self._states[:, :length], use_cache=True)
 
 
 def cache_bytes(cache: Any) -> int:

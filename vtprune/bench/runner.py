@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vtprune.bench.measure import Decoder, Prefill, cache_bytes, peak_bytes, shared_copy
+from vtprune.bench.measure import BareDecoder, Decoder, Prefill, cache_bytes, peak_bytes, shared_copy
 from vtprune.bench.provenance import provenance
 from vtprune.bench.timing import Timing, interleaved_medians, summarise
 from vtprune.errors import BudgetError, InputError
@@ -81,8 +81,10 @@ def run_bench(
         progress: called with the method's name after every timed call.
     """
     source = provenance(model.device)
+    batch, length = inputs["input_ids"].shape
+    bare = BareDecoder(shared_copy(model), batch, length, config.rounds)
     for method in config.methods:
-        for row in _run_method(model, inputs, config, method, progress):
+        for row in _run_method(model, inputs, config, method, bare, progress):
             yield {"kind": "bench", "method": method, **row, "config": asdict(config), **source}
 
 
@@ -95,7 +97,12 @@ def _attach(model: Any, inputs: dict[str, torch.Tensor], config: BenchConfig, me
 
 
 def _run_method(
-    model: Any, inputs: dict[str, torch.Tensor], config: BenchConfig, method: str, progress: Progress | None
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    config: BenchConfig,
+    method: str,
+    bare: BareDecoder,
+    progress: Progress | None,
 ) -> Iterator[dict[str, Any]]:
     tree = shared_copy(model)
     full = _Cell(None, None, Prefill(tree, inputs), tree)
@@ -115,7 +122,7 @@ def _run_method(
         reason = "logits at keep = 1.0 differ from the unpruned model: not measured"
         yield {"keep": 1.0, "possible": False, "identical": False, "floor": None, "reason": reason}
         return
-    yield from _time_cells(cells, inputs, config, method, progress)
+    yield from _time_cells(cells, inputs, config, method, bare, progress)
     yield from refused
 
 
@@ -130,6 +137,7 @@ def _time_cells(
     inputs: dict[str, torch.Tensor],
     config: BenchConfig,
     method: str,
+    bare: BareDecoder,
     progress: Progress | None,
 ) -> Iterator[dict[str, Any]]:
     def tell(name: str) -> None:
@@ -153,6 +161,7 @@ def _time_cells(
         if cell.session is None:
             continue
         report = reports[name]
+        bare_ratio = bare.ratio(_rows_per_layer(report), tell)
         row: dict[str, Any] = {
             "keep": cell.keep,
             "possible": True,
@@ -168,6 +177,8 @@ def _time_cells(
                 report.flops + report.vision_flops,
                 report.flops_full + report.vision_flops_full,
             ),
+            "bare_ratio": bare_ratio,
+            "bare_quotient": report.flops / report.flops_full / bare_ratio,
             "decode_ms": decode[name].median_s * 1e3 / config.decode_steps,
             "decode_ms_full": decode[_FULL].median_s * 1e3 / config.decode_steps,
             "decode_ratio": decode[name].median_s / decode[_FULL].median_s,
@@ -179,6 +190,14 @@ def _time_cells(
         }
         row["warnings"] = _warnings(row)
         yield row
+
+
+def _rows_per_layer(report: Any) -> list[int]:
+    """Rows that enter each decoder layer: of the sample that has most, to which the others are padded."""
+    samples = [
+        [text + n for n in tokens] for text, tokens in zip(report.text_tokens, report.tokens_per_layer, strict=True)
+    ]
+    return [max(layer) for layer in zip(*samples, strict=True)]
 
 
 def _peak(cell: _Cell) -> int:

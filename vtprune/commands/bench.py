@@ -29,19 +29,25 @@ def bench_command(
     attn: str | None = typer.Option(None, "--attn", help="Attention backend: sdpa, eager, flash_attention_2."),
     rounds: int = typer.Option(7, "--rounds", min=1, help="Timed calls of each cell; the median counts."),
     decode_steps: int = typer.Option(8, "--decode-steps", min=1, help="Tokens in one timed decode call."),
+    threads: int | None = typer.Option(None, "--threads", min=1, help="CPU threads; torch's default if not set."),
     seed: int = typer.Option(0, "--seed"),
     out: Path | None = typer.Option(None, "--out", help="Write one JSON line a cell."),
 ) -> None:
     """Time prefill and decoding, and count memory, for every method and budget.
 
     The prefill column is the decoder with everything that pruning adds around it; "with tower" is the whole call.
-    A quotient of 1 means all the speed-up that the FLOP count allows.
+    A quotient of 1 means all the speed-up that the FLOP count allows; "bare" is the quotient of the same decoder, not
+    pruned, on a prompt that is as short from the start: what this machine makes of fewer tokens.
     """
+    import torch
+
     import vtprune
     from vtprune.bench.runner import BenchConfig
     from vtprune.eval.keeps import parse_keeps
     from vtprune.loading import load_model
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     names = tuple(vtprune.methods()) if methods.strip() == "all" else tuple(read_methods(methods))
     config = BenchConfig(
         names,

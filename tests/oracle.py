@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from vtprune import Report
 
 
-def hidden_keys(report: Report, input_ids: Tensor, layers: int) -> list[Tensor]:
+def hidden_keys(report: Report, input_ids: Tensor, layers: int, visual: Tensor | None = None) -> list[Tensor]:
     """For each decoder layer, [B, N] True at prompt positions that it must not see."""
-    visual = input_ids == IMAGE
+    visual = input_ids == IMAGE if visual is None else visual
     result = [torch.zeros_like(visual) for _ in range(layers)]
     for record in report.kept:
         first = record.site.index if record.site.kind == "layer" else 0

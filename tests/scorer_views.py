@@ -25,7 +25,7 @@ LLAVA = Geometry(
     head_dim=128,
     intermediate=11008,
     visual_tokens=576,
-    vision=VisionGeometry(24, 22, 1024, 16, 4096, True, 588, (1024, 4096, 4096)),
+    vision=VisionGeometry(24, 22, 1024, 16, 4096, True, 576, 588, (1024, 4096, 4096)),
 )
 
 
@@ -72,21 +72,21 @@ def token_view(
 ) -> TokenView:
     """A view of several samples; what lies in the padding is `poison`."""
     width = max((len(s.alive) for s in samples), default=0)
-    original, image, row, col = (torch.zeros(len(samples), width, dtype=torch.long) for _ in range(4))
+    original, grid, row, col = (torch.zeros(len(samples), width, dtype=torch.long) for _ in range(4))
     valid = torch.zeros(len(samples), width, dtype=torch.bool)
     hidden = []
     for b, s in enumerate(samples):
         cells = [(i, r, c) for i, (rows, cols) in enumerate(s.grids) for r in range(rows) for c in range(cols)]
         for v, token in enumerate(s.alive):
             original[b, v], valid[b, v] = token, True
-            image[b, v], row[b, v], col[b, v] = (torch.tensor(n) for n in cells[token])
+            grid[b, v], row[b, v], col[b, v] = (torch.tensor(n) for n in cells[token])
         hidden.append(s.normal("hidden", s.total, WIDTH)[s.alive])
     return TokenView(
         site=Site.parse(site),
         hidden=_pad(hidden, poison).to(dtype),
         valid=valid,
         original=original,
-        image=image,
+        grid=grid,
         row=row,
         col=col,
         grids=tuple(s.grids for s in samples),

@@ -128,7 +128,7 @@ def test_plan_of_clip_is_the_papers() -> None:
     ],
 )
 def test_plan_of_other_towers(feature_block: int, every: int, blocks: list[int]) -> None:
-    tower = VisionGeometry(27, feature_block, 1152, 16, 4304, False, 588, (1152, 4096, 4096))
+    tower = VisionGeometry(27, feature_block, 1152, 16, 4304, False, 729, 588, (1152, 4096, 4096))
     plan = FlowCut(every=every).plan(dataclasses.replace(LLAVA, vision=tower), Budget(64))
     assert [s.site.index for s in plan.stages] == blocks
     assert [s.to_dict()["scorer"]["remaining"] for s in plan.stages] == [blocks[-1] - k for k in blocks]

@@ -14,7 +14,9 @@ from vtprune.layout import ImageGrid, Layout
 
 def layout_of(row: Row) -> Layout:
     ids = torch.tensor([row.ids()])
-    return Layout.from_grids(ids == 99, torch.ones_like(ids, dtype=torch.bool), [[ImageGrid(SIDE, SIDE)] * row.images])
+    return Layout.from_images(
+        ids == 99, torch.ones_like(ids, dtype=torch.bool), [[(ImageGrid(SIDE, SIDE),)] * row.images]
+    )
 
 
 def test_layout_maps_tokens_to_pixels_and_positions() -> None:
@@ -22,16 +24,16 @@ def test_layout_maps_tokens_to_pixels_and_positions() -> None:
     layout = layout_of(row)
     assert layout.counts == (2 * TOKENS,)
     assert layout.position[0].tolist() == [i for i, token in enumerate(row.ids()) if token == 99]
-    assert layout.box(0, 0) == (0, 0.0, 0.0, 0.25, 0.25)
-    assert layout.box(0, SIDE + 2) == (0, 0.5, 0.25, 0.75, 0.5)
-    assert layout.box(0, TOKENS + TOKENS - 1) == (1, 0.75, 0.75, 1.0, 1.0)
+    assert layout.box(0, 0) == (0, None, (0.0, 0.0, 0.25, 0.25))
+    assert layout.box(0, SIDE + 2) == (0, None, (0.5, 0.25, 0.75, 0.5))
+    assert layout.box(0, TOKENS + TOKENS - 1) == (1, None, (0.75, 0.75, 1.0, 1.0))
 
 
 def test_boxes_tile_each_image() -> None:
     layout = layout_of(Row(2))
     area: dict[int, float] = {}
     for token in range(2 * TOKENS):
-        image, left, top, right, bottom = layout.box(0, token)
+        image, _, (left, top, right, bottom) = layout.box(0, token)
         area[image] = area.get(image, 0.0) + (right - left) * (bottom - top)
     assert area == pytest.approx({0: 1.0, 1: 1.0})
 

@@ -30,6 +30,7 @@ class VisionGeometry:
             k < feature_block.
         hidden, heads, intermediate: widths.
         has_cls: a CLS token stands before the patches.
+        patches: patches of one input of the tower (an image, a crop or a frame).
         patch_dim: values in one patch (channels x patch height x patch width).
         projector: (input, hidden, output) widths of the two linear layers after the tower.
     """
@@ -40,6 +41,7 @@ class VisionGeometry:
     heads: int
     intermediate: int
     has_cls: bool
+    patches: int
     patch_dim: int
     projector: tuple[int, int, int]
 
@@ -55,6 +57,8 @@ class Geometry:
         text_tokens: of the sample, special tokens included.
         images: number of images the visual tokens come from.
         vision: the tower, or None if the family gives no access to it.
+        dynamic: images differ in their number of tokens; `visual_tokens` is then only an example until a prompt comes.
+        rotary_axes: 3 where a token has a time, a row and a column for rotary position (M-RoPE), else 1.
         entering: visual tokens that enter each decoder layer before the method at hand acts; () means all.
     """
 
@@ -69,6 +73,8 @@ class Geometry:
     text_tokens: int = 64
     images: int = 1
     vision: VisionGeometry | None = None
+    dynamic: bool = False
+    rotary_axes: int = 1
     entering: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -72,13 +72,13 @@ def split_in_proportion(n: int, sizes: Sequence[int]) -> list[int]:
 
 @lru_cache(maxsize=256)
 def sample_cells(grids: tuple[tuple[int, int], ...], alive: tuple[int, ...], n: int) -> Cells:
-    """Cells of a sample with several images, dealt in proportion to their tokens.
+    """Cells of a sample with several grids, dealt in proportion to their tokens.
 
     Args:
-        grids: (rows, cols) of each image.
-        alive: tokens of each image that are still there. An image that has lost some no longer fills its grid; it is
+        grids: (rows, cols) of each grid.
+        alive: tokens of each grid that are still there. One that has lost some is no longer full; it is
             taken as a single row of what is left, in raster order, so that its cells are runs of even length.
-        n: cells, at most sum(alive). An image whose share is 0 has none: its tokens own themselves and do not survive.
+        n: cells, at most sum(alive). A grid whose share is 0 has none: its tokens own themselves and do not survive.
 
     Returns:
         Cells over the alive tokens, numbered through the sample.
@@ -103,8 +103,8 @@ def view_cells(view: TokenView) -> list[Cells]:
         grids = view.grids[b]
         alive = [rows * cols for rows, cols in grids]
         if count != sum(alive):
-            image = view.image[b, :count].tolist()
-            alive = [image.count(i) for i in range(len(grids))]
+            grid = view.grid[b, :count].tolist()
+            alive = [grid.count(i) for i in range(len(grids))]
         chosen.append(sample_cells(grids, tuple(alive), min(keep, count)))
     return chosen
 

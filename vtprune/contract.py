@@ -70,8 +70,8 @@ class TokenView:
         hidden: [B, V, D] states of the alive visual tokens.
         valid: [B, V] False at padding of the V axis.
         original: [B, V] index of the token among the sample's original visual tokens, increasing.
-        image, row, col: [B, V] image of the sample, cell on its grid.
-        grids: for each sample, (rows, cols) of each image.
+        grid, row, col: [B, V] grid of the sample (an image, or a crop or frame of one), and the cell on it.
+        grids: for each sample, (rows, cols) of each grid.
         keep: [B] how many tokens must survive.
         memory: what `observe` has accumulated.
         text_key: for each sample a tuple of ints that identifies its prompt (its token ids); () in a tower, and unless
@@ -82,7 +82,7 @@ class TokenView:
     hidden: Tensor
     valid: Tensor
     original: Tensor
-    image: Tensor
+    grid: Tensor
     row: Tensor
     col: Tensor
     grids: tuple[tuple[tuple[int, int], ...], ...]

@@ -1,11 +1,13 @@
 """Layout: which sequence positions are visual and which pixels each of them covers.
 
-Axes: B samples, N sequence positions, V visual tokens of the sample that has most (samples with fewer are
+A sample holds images (or videos); an image is one or more grids of tokens: the picture itself, its crops, the frames of
+a video. Axes: B samples, N sequence positions, V visual tokens of the sample that has most (samples with fewer are
 padded at the end and `valid` is False there).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,63 +15,79 @@ from torch import Tensor
 
 __all__ = ["ImageGrid", "Layout"]
 
+Region = tuple[float, float, float, float]
+
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """How one image lies in the sequence: `rows` x `cols` tokens, row-major, one token a cell."""
+    """A block of visual tokens that lie side by side on an image: `rows` x `cols` tokens, row-major, one a cell.
+
+    Attributes:
+        rows, cols: tokens, newline tokens included.
+        frame: index of the (first) video frame, None in a still image.
+        region: (left, top, right, bottom) of the part of the image that the grid covers, as fractions of its size.
+        newline: the last column holds tokens that end a row and cover no pixels.
+    """
 
     rows: int
     cols: int
+    frame: int | None = None
+    region: Region = (0.0, 0.0, 1.0, 1.0)
+    newline: bool = False
 
     @property
     def tokens(self) -> int:
-        """Number of visual tokens of the image."""
+        """Number of visual tokens of the grid."""
         return self.rows * self.cols
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the visual tokens of one prefill are. Built once per prefill by the family.
+    """Where the visual tokens of one prefill are. Built once per prefill from what the family reads.
 
     Attributes:
         position: [B, V] sequence position of each visual token, increasing.
         valid: [B, V] False where a sample has fewer than V visual tokens.
-        image: [B, V] index of the image inside its sample.
-        row, col: [B, V] cell of the token on its image's grid.
-        grids: for each sample, the grid of each of its images.
+        grid: [B, V] index of the grid inside the sample.
+        row, col: [B, V] cell of the token on its grid.
+        grids: for each sample its grids, in the order of their tokens.
+        images: for each sample and grid the index of the image inside the sample.
         real: [B, N] True where the position is not padding.
         counts: visual tokens of each sample.
     """
 
     position: Tensor
     valid: Tensor
-    image: Tensor
+    grid: Tensor
     row: Tensor
     col: Tensor
     grids: tuple[tuple[ImageGrid, ...], ...]
+    images: tuple[tuple[int, ...], ...]
     real: Tensor
     counts: tuple[int, ...]
 
     @classmethod
-    def from_grids(cls, visual: Tensor, real: Tensor, grids: list[list[ImageGrid]]) -> Layout:
+    def from_images(cls, visual: Tensor, real: Tensor, images: Sequence[Sequence[Sequence[ImageGrid]]]) -> Layout:
         """Lay row-major grids over the visual positions of each sample, in order.
 
         Args:
             visual: [B, N] True at visual positions.
             real: [B, N] True where the position is not padding.
-            grids: the grids of each sample's images; their tokens sum to the sample's visual positions.
+            images: for each sample, for each image its grids; their tokens sum to the sample's visual positions.
         """
         device = visual.device
+        grids = tuple(tuple(grid for image in sample for grid in image) for sample in images)
+        owners = tuple(tuple(i for i, image in enumerate(sample) for _ in image) for sample in images)
         counts = [sum(g.tokens for g in sample) for sample in grids]
         width = max(counts, default=0)
         shape = (len(grids), width)
-        image, row, col = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+        number, row, col = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
         for b, sample in enumerate(grids):
             at = 0
             for i, grid in enumerate(sample):
                 cell = torch.arange(grid.tokens)
                 span = slice(at, at + grid.tokens)
-                image[b, span], row[b, span], col[b, span] = i, cell // grid.cols, cell % grid.cols
+                number[b, span], row[b, span], col[b, span] = i, cell // grid.cols, cell % grid.cols
                 at += grid.tokens
         valid = torch.arange(width)[None, :] < torch.tensor(counts)[:, None]
         # a stable sort of "not visual" brings the visual positions to the front in order
@@ -77,21 +95,29 @@ class Layout:
         return cls(
             position=position,
             valid=valid.to(device),
-            image=image.to(device),
+            grid=number.to(device),
             row=row.to(device),
             col=col.to(device),
-            grids=tuple(tuple(sample) for sample in grids),
+            grids=grids,
+            images=owners,
             real=real,
             counts=tuple(counts),
         )
 
-    def box(self, sample: int, token: int) -> tuple[int, float, float, float, float]:
-        """Which part of which image a visual token covers.
+    def box(self, sample: int, token: int) -> tuple[int, int | None, Region] | None:
+        """Which part of which image a visual token covers; None for a newline token, which covers none.
 
         Returns:
-            (image, left, top, right, bottom): image index in the sample, the rest as fractions of its size.
+            (image, frame, (left, top, right, bottom)): index of the image in the sample, of its video frame (None in a
+            still image), and the covered part as fractions of the image's size.
         """
-        image = int(self.image[sample, token])
-        grid = self.grids[sample][image]
+        number = int(self.grid[sample, token])
+        grid = self.grids[sample][number]
         row, col = int(self.row[sample, token]), int(self.col[sample, token])
-        return image, col / grid.cols, row / grid.rows, (col + 1) / grid.cols, (row + 1) / grid.rows
+        across = grid.cols - int(grid.newline)
+        if col >= across:
+            return None
+        left, top, right, bottom = grid.region
+        wide, high = (right - left) / across, (bottom - top) / grid.rows
+        part = (left + col * wide, top + row * high, left + (col + 1) * wide, top + (row + 1) * high)
+        return self.images[sample][number], grid.frame, part

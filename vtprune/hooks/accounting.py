@@ -29,7 +29,7 @@ def real_positions(prompt: Prompt) -> Tensor:
 def _vision(geometry: Geometry, run: TowerRun | None) -> tuple[int, int]:
     if run is None or geometry.vision is None:
         return 0, 0
-    patches = geometry.visual_tokens
+    patches = geometry.vision.patches
     rows = [patches + int(geometry.vision.has_cls)] * len(run.lengths)
     full = vision_flops(geometry, rows, patches)
     return run.images * vision_flops(geometry, run.lengths, patches), run.images * full

@@ -153,15 +153,15 @@ def _token_view(
     original = alive.original
     if layout is None:
         cols = grids[0][0][1] if grids else 1
-        image, row, col = torch.zeros_like(original), original // cols, original % cols
+        grid, row, col = torch.zeros_like(original), original // cols, original % cols
     else:
-        image, row, col = (t.gather(1, original) for t in (layout.image, layout.row, layout.col))
+        grid, row, col = (t.gather(1, original) for t in (layout.grid, layout.row, layout.col))
     return TokenView(
         site=site,
         hidden=hidden,
         valid=alive.valid,
         original=original,
-        image=image,
+        grid=grid,
         row=row,
         col=col,
         grids=tuple(tuple(g) for g in grids),

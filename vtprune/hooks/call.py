@@ -48,7 +48,7 @@ class GroupInputs:
 
     Attributes:
         attention_mask: in the backend's own form, or None.
-        position_ids: [B, M] or the host's.
+        position_ids: [B, M], [axes, B, M] under M-RoPE, or the host's.
         position_embeddings: (cos, sin), each [B, M, d].
     """
 
@@ -82,7 +82,7 @@ class Step:
         position = arguments.get("position_ids")
         if position is None:
             position = torch.arange(logical, logical + length, device=embeds.device)[None]
-        self._position = position.expand(batch, -1)
+        self._position = position.expand(*position.shape[:-2], batch, -1)
         changed = dict(arguments)
         if first.columns is not None:
             physical = physical_length(cache, 0) + length

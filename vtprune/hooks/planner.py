@@ -72,6 +72,9 @@ class Planner:
         try:
             return self._solve(self.geometry)
         except BudgetError:
+            # what one example image cannot reach may fit the prompt that comes
+            if self.geometry.dynamic:
+                return compose(self._methods, [Budget(1.0)] * len(self._methods), self.geometry)
             # a share of FLOPs that a prompt with much text cannot reach may fit one with little
             if not self.needs_text:
                 raise

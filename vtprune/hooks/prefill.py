@@ -70,7 +70,8 @@ class Prefill:
         position = arguments.get("position_ids")
         if position is None:
             position = torch.arange(self.past, self.past + self.length, device=hidden.device)[None]
-        self._position = position.expand(self.batch, -1)
+        # M-RoPE has an axis in front: [axes, B, N]
+        self._position = position.expand(*position.shape[:-2], self.batch, -1)
         mask = arguments.get("attention_mask")
         self._mask = None if mask is None else mask.bool()
         self._boundaries = {s.site.index for s in self.stages if s.site.kind == "layer"}
@@ -266,9 +267,9 @@ class Prefill:
         return group
 
     def _positions(self) -> Tensor:
-        """[B, M] position ids of the rows in the newest group."""
+        """[..., B, M] position ids of the rows in the newest group."""
         position = self._position if self._shift is None else self._position - self._shift
-        position = position.gather(1, self.rows.position)
+        position = position.gather(-1, self.rows.position.expand(*position.shape[:-2], -1, -1))
         old = None if self._old is None else self._old.group_of(self._groups[-1].first)
         return position if old is None or old.lag is None else position - old.lag[:, None]
 

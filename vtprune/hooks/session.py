@@ -15,6 +15,7 @@ from vtprune.errors import InputError, SessionError
 from vtprune.hooks.accounting import real_positions, report_full, report_pruned
 from vtprune.hooks.cache import record_of, write_record
 from vtprune.hooks.call import Step
+from vtprune.hooks.encoded import remember_grids
 from vtprune.hooks.families.base import Family, Prompt
 from vtprune.hooks.planner import Planner
 from vtprune.hooks.prefill import Prefill
@@ -112,6 +113,7 @@ class Session:
             # always_call: an exception inside must not leave a call's state behind
             self._undo.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True).remove)
 
+        self._undo.append(remember_grids(parts.root, self._family))
         pre(parts.root, self._on_root)
         post(parts.root, self._after_root)
         if self._planner.inactive:
@@ -127,7 +129,7 @@ class Session:
         for block, scorers in watched_blocks(self.plan, "layer").items():
             module = self._family.attention(parts.layers[block])
             self._undo.append(attach_probe(module, self._observer("decoder", block, scorers)))
-        if not self._tower_stages:
+        if not self._tower_stages or parts.tower is None or parts.projector is None:
             return
         pre(parts.tower, self._on_tower)
         post(parts.tower, self._after_tower)
@@ -181,13 +183,13 @@ class Session:
             self._report = report_full(self.geometry, prompt, self._tower_run(prompt), self._itemsize())
             return
         check_call(module, prompt, plans, self._tower_stages)
-        layout = self._family.layout(prompt, real_positions(prompt))
+        layout = prompt.layout(real_positions(prompt))
         calls.decoder = Prefill(self._parts, prompt, layout, plans, want_scores=self._record_scores)
 
     def _plans(self, prompt: Prompt) -> list[Plan]:
-        each = self.geometry.visual_tokens
         text = real_positions(prompt).sum(1).tolist() if self._planner.needs_text else prompt.counts
-        return [self._planner.plan_for(n, t - n, max(1, n // each)) for n, t in zip(prompt.counts, text, strict=True)]
+        sizes = zip(prompt.counts, text, prompt.images, strict=True)
+        return [self._planner.plan_for(n, t - n, max(1, len(images))) for n, t, images in sizes]
 
     def _after_root(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         calls = self._calls
@@ -209,8 +211,8 @@ class Session:
         tower = self.geometry.vision
         if tower is None or self._tower_stages:
             return None
-        rows = self.geometry.visual_tokens + int(tower.has_cls)
-        return TowerRun(prompt.images, (rows,) * tower.blocks)
+        rows = tower.patches + int(tower.has_cls)
+        return TowerRun(prompt.carried, (rows,) * tower.blocks)
 
     # text model and decoder layers
 
@@ -257,8 +259,8 @@ class Session:
     def _on_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         calls, tower = self._calls, self.geometry.vision
         calls.tower = calls.last_tower = None
-        side = int(self.geometry.visual_tokens**0.5)
         if tower is not None:
+            side = int(tower.patches**0.5)
             calls.tower = TowerCall(self._parts, tower, self._tower_stages, (side, side))
 
     def _after_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

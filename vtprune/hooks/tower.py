@@ -99,7 +99,7 @@ class TowerCall:
         counts = after.alive.counts
         if any(n != max(counts) for n in counts):
             self._mask = create_bidirectional_mask(
-                config=self.parts.tower.config,  # type: ignore[arg-type]
+                config=self.parts.tower.config,  # type: ignore[union-attr, arg-type]
                 inputs_embeds=hidden,
                 attention_mask=self._real(),
             )

@@ -24,6 +24,11 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
     """
     for stage in plan.stages:
         site, scorer = stage.site, stage.scorer
+        if stage.positions == "compact" and geometry.rotary_axes > 1:
+            raise PlanError(
+                f"positions='compact' has no meaning with rotary positions of {geometry.rotary_axes} axes (time, row, "
+                "column): a row that is closed up would move other rows of the image. Use positions='keep'."
+            )
         if site.kind == "layer" and site.index >= geometry.layers:
             raise PlanError(f"{site} is outside the decoder, which has layers 0 to {geometry.layers - 1}.")
         if site.kind == "vision":
@@ -84,10 +89,10 @@ def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan], tower_sta
             "with pruning."
         )
     counted = [s for s in tower_stages if isinstance(s.keep, int)]
-    if counted and prompt.images != sum(n > 0 for n in prompt.counts):
+    if counted and prompt.carried != sum(n > 0 for n in prompt.counts):
         raise InputError(
             f"keep={counted[-1].keep} counts tokens a sample, but the tower cuts before it is known which of the "
-            f"{prompt.images} images belong to which of the {len(prompt.counts)} prompts. With several images a "
+            f"{prompt.carried} images belong to which of the {len(prompt.counts)} prompts. With several images a "
             "prompt, pass a fraction, such as keep=0.25."
         )
     if len({tuple(s.site for s in p.stages) for p in plans}) > 1:

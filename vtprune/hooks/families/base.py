@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from vtprune.budget import Geometry
-from vtprune.errors import UnsupportedModelError
-from vtprune.layout import Layout
+from vtprune.budget import Geometry, VisionGeometry
+from vtprune.errors import InputError, UnsupportedModelError
+from vtprune.layout import ImageGrid, Layout
 from vtprune.registry import Registry
 
-__all__ = ["FAMILIES", "Family", "Parts", "Prompt", "family_of"]
+__all__ = ["FAMILIES", "Family", "Grids", "Modality", "Parts", "Prompt", "decoder_geometry", "family_of"]
+
+Grids = tuple[ImageGrid, ...]
+"""The grids of one image (or video), in the order of their tokens."""
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Images or videos.
+
+    Attributes:
+        name: "image" or "video", as in `get_image_features`.
+        token: id of the placeholder.
+        pixels: the argument that carries them.
+    """
+
+    name: str
+    token: int
+    pixels: str
 
 
 @dataclass(frozen=True)
@@ -26,16 +46,16 @@ class Parts:
         text_model: runs the decoder layers on `inputs_embeds`.
         layers: decoder layers; `attention(layer)` is each one's attention module.
         rotary: maps (hidden, position_ids) to (cos, sin).
-        tower, blocks, projector: vision side; a projector row is one visual token.
+        tower, blocks, projector: vision side, where the family opens it; a projector row is one visual token.
     """
 
     root: nn.Module
     text_model: nn.Module
     layers: tuple[nn.Module, ...]
     rotary: nn.Module
-    tower: nn.Module
-    blocks: tuple[nn.Module, ...]
-    projector: nn.Module
+    tower: nn.Module | None = None
+    blocks: tuple[nn.Module, ...] = ()
+    projector: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +67,9 @@ class Prompt:
         input_ids: [B, N], or None if embeddings were passed.
         attention_mask: what the caller passed, or None.
         cache: the KV cache passed in, or None.
-        images: number of images the call carries, 0 if none.
         batch: B.
+        carried: images and videos that the call carries.
+        images: for each sample its images, () if `visual` is None.
         counts: placeholders of each sample, () if `visual` is None.
     """
 
@@ -56,9 +77,16 @@ class Prompt:
     input_ids: Tensor | None
     attention_mask: Tensor | None
     cache: Any
-    images: int
     batch: int
+    carried: int
+    images: tuple[tuple[Grids, ...], ...] = ()
     counts: tuple[int, ...] = ()
+
+    def layout(self, real: Tensor) -> Layout:
+        """Which pixels each placeholder covers. `real` is [B, N], False at padding."""
+        if self.visual is None:
+            raise InputError("this call has no image placeholders to lay out.")
+        return Layout.from_images(self.visual, real, self.images)
 
 
 class Family(ABC):
@@ -81,28 +109,202 @@ class Family(ABC):
             UnsupportedModelError: if the config selects a variant that the family refuses.
         """
 
-    @abstractmethod
-    def __init__(self, model: nn.Module) -> None: ...
+    def __init__(self, model: nn.Module) -> None:
+        self.config: Any = model.config
+        self._book: MutableMapping[Tensor, Grids] = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        self.geometry(self.config)
+        root: Any = getattr(model, "model", model)
+        missing = [part for part in self.part_names() if not hasattr(root, part)]
+        if missing:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no {' and no '.join(missing)}. Pass the model for conditional generation "
+                f"of this family ({self.summary}) or its .model."
+            )
+        self._parts = self.find_parts(root)
 
-    @abstractmethod
+    @classmethod
+    def part_names(cls) -> tuple[str, ...]:
+        """Attributes that the root module must have."""
+        return ("language_model", "vision_tower", "multi_modal_projector")
+
+    def find_parts(self, root: Any) -> Parts:
+        """The modules of this model, found from its root."""
+        text = root.language_model
+        return Parts(root=root, text_model=text, layers=tuple(text.layers), rotary=text.rotary_emb)
+
     def parts(self) -> Parts:
         """The modules of this model."""
+        return self._parts
 
-    @abstractmethod
     def attention(self, block: nn.Module) -> nn.Module:
         """The attention module of a tower block or decoder layer."""
+        return block.self_attn  # type: ignore[return-value]
+
+    def modalities(self) -> tuple[Modality, ...]:
+        """What the model sees; unless overridden images."""
+        return (Modality("image", self.config.image_token_id, "pixel_values"),)
 
     @abstractmethod
+    def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
+        """The grids of each image (or video) of a call that carries pixels.
+
+        Raises:
+            InputError: if the arguments ask for a variant that pruning was not planned on, or sizes are missing.
+        """
+
+    def remember(self, features: Sequence[Tensor], grids: Sequence[Grids]) -> None:
+        """Note which grids the features of each image have."""
+        for feature, mine in zip(features, grids, strict=True):
+            self._book[feature] = mine
+
+    def grids_of_features(self, features: Any) -> list[Grids]:
+        """The grids of each image of a call that carries features which `generate` has encoded.
+
+        Raises:
+            InputError: if they were not encoded under this session.
+        """
+        known = [self._book.get(feature) for feature in features]
+        if None in known:
+            raise InputError(
+                f"the call carries encoded features of {len(known)} image(s), of which {known.count(None)} were not "
+                "encoded while this session was attached, so that nobody knows which pixels they cover. Encode them "
+                "under the session, or pass pixels."
+            )
+        return [grids for grids in known if grids is not None]
+
+    def carried(self, arguments: Mapping[str, Any]) -> dict[int, list[Grids]]:
+        """Placeholder token id -> the grids of each image (or video) that the call carries for it."""
+        encoded = arguments.get("mm_encoder_outputs") or {}
+        result: dict[int, list[Grids]] = {}
+        for modality in self.modalities():
+            output, pixels = encoded.get(modality.name), arguments.get(modality.pixels)
+            mine: list[Grids] = []
+            if output is not None:
+                mine = self.grids_of_features(output.pooler_output)
+            elif pixels is not None and len(pixels):
+                mine = self.grids(modality, arguments)
+            result[modality.token] = mine
+        return result
+
     def prompt(self, arguments: Mapping[str, Any]) -> Prompt:
         """Read the root's arguments (by name).
 
         Raises:
             InputError: if placeholders and images do not match.
         """
+        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        carried = self.carried(arguments)
+        number = sum(len(images) for images in carried.values())
+        tokens: Tensor | None = ids if ids is not None else embeds
+        if tokens is None:
+            raise InputError("the model was called without input_ids and inputs_embeds; pass one of them.")
+        if tokens.shape[0] == 0:
+            raise InputError(f"the batch must hold at least one sample, got an input of shape {tuple(tokens.shape)}.")
+        cache = arguments.get("past_key_values")
+        # a continued conversation without a new image is text, whatever tokens the model may have sampled
+        continued = not number and cache is not None and cache.get_seq_length() > 0
+        mask, batch = arguments.get("attention_mask"), tokens.shape[0]
+        if not number and (tokens.shape[1] == 1 or continued):
+            return Prompt(None, ids, mask, cache, batch, number)
+        kinds = {token: self._placeholders(token, ids, embeds) for token in carried}
+        visual = torch.stack(list(kinds.values())).any(0)
+        counts = visual.sum(1).tolist()
+        images = _deal(kinds, visual, carried, counts)
+        return Prompt(visual, ids, mask, cache, batch, number, images, tuple(counts))
 
-    @abstractmethod
-    def layout(self, prompt: Prompt, real: Tensor) -> Layout:
-        """Which pixels each placeholder covers. `real` is [B, N], False at padding."""
+    def _placeholders(self, token: int, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        if ids is not None:
+            return ids == token
+        # transformers finds placeholders in embeddings the same way
+        wanted = torch.tensor(token, device=embeds.device)  # type: ignore[union-attr]
+        return (embeds == self._parts.text_model.get_input_embeddings()(wanted)).all(-1)  # type: ignore[operator]
+
+
+def _deal(
+    kinds: dict[int, Tensor], visual: Tensor, carried: dict[int, list[Grids]], counts: list[int]
+) -> tuple[tuple[Grids, ...], ...]:
+    """Give every sample its images, in the order of its placeholders.
+
+    Raises:
+        InputError: if placeholders and images do not match.
+    """
+    waiting: dict[int, list[tuple[int, Grids]]] = {}
+    for token, images in carried.items():
+        have = sum(grid.tokens for grids in images for grid in grids)
+        _check_total(have, kinds[token].sum(1).tolist() if len(kinds) > 1 else counts, images)
+        waiting[token] = [(sum(grid.tokens for grid in grids), grids) for grids in images][::-1]
+    used = [token for token, images in waiting.items() if images]
+    result: list[tuple[Grids, ...]] = []
+    for b, count in enumerate(counts):
+        # with one kind of placeholder there is no order to read from the device
+        order = torch.stack([kinds[t][b][visual[b]] for t in used]).long().argmax(0).tolist() if len(used) > 1 else []
+        mine: list[Grids] = []
+        at = 0
+        while at < count:
+            kind = used[order[at]] if order else used[0]
+            size, grids = waiting[kind].pop() if waiting[kind] else (0, ())
+            if not size or at + size > count or any(used[k] != kind for k in order[at : at + size]):
+                raise InputError(
+                    f"sample {b} has {count} image tokens, which do not make whole images (after {at} of them the next "
+                    f"image has {size}). Do not split a prompt inside an image (prefill_chunk_size must be None)."
+                )
+            mine.append(grids)
+            at += size
+        result.append(tuple(mine))
+    return tuple(result)
+
+
+def _check_total(have: int, placeholders: list[int], images: Sequence[Grids]) -> None:
+    total = sum(placeholders)
+    if total and not images:
+        raise InputError(
+            f"the prompt has {total} image tokens but the call carries no image. Pass pixel_values, or remove the "
+            "image from the prompt."
+        )
+    if have != total:
+        sizes = sorted({sum(grid.tokens for grid in grids) for grids in images})
+        each = f"Every image needs {sizes[0]} placeholders" if len(sizes) == 1 else f"The images need {sizes}"
+        raise InputError(
+            f"the prompts have {total} image tokens in all ({placeholders} a sample) but {len(images)} image(s) give "
+            f"{have}. {each}; use the model's processor to build the prompt."
+        )
+
+
+def decoder_geometry(
+    family: str,
+    text: Any,
+    visual_tokens: int,
+    *,
+    vision: VisionGeometry | None = None,
+    dynamic: bool = False,
+    rotary_axes: int = 1,
+) -> Geometry:
+    """Geometry of a decoder with full attention, from its config.
+
+    Raises:
+        UnsupportedModelError: if a layer has a sliding window.
+    """
+    window = getattr(text, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    if slides or (text.model_type == "mistral" and window is not None):
+        raise UnsupportedModelError(
+            f"{family} with sliding-window attention (window {window}) is not supported: a window counts positions "
+            "that pruning removes. Set text_config.sliding_window=None if prompts stay shorter."
+        )
+    heads = text.num_attention_heads
+    return Geometry(
+        family=family,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        intermediate=text.intermediate_size,
+        visual_tokens=visual_tokens,
+        vision=vision,
+        dynamic=dynamic,
+        rotary_axes=rotary_axes,
+    )
 
 
 FAMILIES: Registry[Family] = Registry("family", "vtprune.hooks.families")

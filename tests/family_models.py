@@ -1,0 +1,326 @@
+"""Tiny random models of every family and prompts for them, built without a processor."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor
+
+IMAGE, VIDEO, PAD, VOCAB, LAYERS = 99, 98, 0, 100, 4
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 4096,
+}
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    """Reproducible normal noise."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: text before, its images and videos, text after; `media` are (kind, size) in the family's own unit."""
+
+    media: tuple[tuple[str, Any], ...]
+    before: int = 3
+    after: int = 5
+    seed: int = 0
+
+
+class Case(ABC):
+    """One family: a tiny model, sizes of pictures worth testing, and how a prompt becomes the model's inputs."""
+
+    name: ClassVar[str]
+    model_class: ClassVar[str]
+    sizes: ClassVar[tuple[Any, ...]]
+    videos: ClassVar[tuple[Any, ...]] = ()
+
+    @abstractmethod
+    def config(self) -> Any:
+        """A new config."""
+
+    @abstractmethod
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """(model inputs, tokens of each medium) for (kind, size, seed) in order; `rows`: media of each sample."""
+
+    def model(self, attention: str = "sdpa") -> Any:
+        """A fresh random model in eval mode, the same weights every time."""
+        cls = getattr(transformers, self.model_class)
+        model = cls._from_config(copy.deepcopy(self.config()), attn_implementation=attention)
+        model.load_state_dict(_weights(self.name))
+        model.generation_config.pad_token_id = PAD
+        model.generation_config.eos_token_id = None
+        model.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a random model would write placeholders
+        return model.eval()
+
+    def batch(self, *rows: Row, left: bool = True) -> dict[str, Any]:
+        """Padded inputs of several prompts."""
+        media = [(kind, size, 10 * row.seed + i) for row in rows for i, (kind, size) in enumerate(row.media)]
+        inputs, tokens = self.encode(media, [len(row.media) for row in rows])
+        lists, at = [], 0
+        for row in rows:
+            words = torch.randint(3, 90, (400,), generator=torch.Generator().manual_seed(row.seed)).tolist()
+            ids = words[: row.before]
+            for i, (kind, _) in enumerate(row.media):
+                ids += [IMAGE if kind == "image" else VIDEO] * tokens[at] + words[50 + 2 * i : 52 + 2 * i]
+                at += 1
+            lists.append(ids + words[100 : 100 + row.after])
+        width = max(map(len, lists))
+        ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.long)
+        for b, one in enumerate(lists):
+            span = slice(width - len(one), width) if left else slice(0, len(one))
+            ids[b, span], mask[b, span] = torch.tensor(one), 1
+        return {"input_ids": ids, "attention_mask": mask, **self.extra(ids), **inputs}
+
+    def extra(self, ids: Tensor) -> dict[str, Tensor]:
+        """Inputs derived from the token ids."""
+        return {}
+
+    def visual(self, ids: Tensor) -> Tensor:
+        """[B, N] True at placeholders."""
+        return (ids == IMAGE) | (ids == VIDEO)
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(cls: type[Case]) -> type[Case]:
+    """Files a case under its name."""
+    CASES[cls.name] = cls()
+    return cls
+
+
+@lru_cache
+def _weights(name: str) -> dict[str, Tensor]:
+    chosen = CASES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, chosen.model_class)(chosen.config())
+    generator = torch.Generator().manual_seed(1)
+    state = {}
+    for key, value in model.state_dict().items():
+        # larger than HF's init, so that attention is far from uniform and every token matters
+        scale = 0.12 if value.ndim > 1 else 0.02
+        state[key] = value
+        if value.is_floating_point():
+            state[key] = value + torch.randn(value.shape, generator=generator) * scale
+    return state
+
+
+@case
+class LlavaNext(Case):
+    """Sizes are (height, width) in pixels; 4 x 4 patches a crop."""
+
+    name, model_class = "llava_next", "LlavaNextForConditionalGeneration"
+    sizes = ((64, 64), (40, 70), (30, 100))
+
+    def config(self) -> Any:
+        return transformers.LlavaNextConfig(
+            vision_config=transformers.CLIPVisionConfig(**CLIP).to_dict(),
+            text_config=transformers.LlamaConfig(**TEXT).to_dict(),
+            image_token_id=IMAGE,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]],
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        if not media:
+            return {}, []
+        sizes = [size for _, size, _ in media]
+        crops = [self._crops(size) for size in sizes]
+        pixels = torch.zeros(len(media), max(crops), 3, 32, 32)
+        for i, (count, (_, _, seed)) in enumerate(zip(crops, media, strict=True)):
+            pixels[i, :count] = noise(count, 3, 32, 32, seed=seed)
+        inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+        with torch.no_grad():
+            features = _plain(self.name).get_image_features(**inputs).pooler_output
+        return inputs, [len(f) for f in features]
+
+    def _crops(self, size: tuple[int, int]) -> int:
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        return image_size_to_num_patches(list(size), self.config().image_grid_pinpoints, 32)
+
+
+@lru_cache
+def _plain(name: str) -> Any:
+    """A model that is never pruned, to ask the host how many features a picture has."""
+    return CASES[name].model()
+
+
+@case
+class LlavaOnevision(LlavaNext):
+    """As LLaVA-NeXT, but several images of a prompt stay whole; videos are a number of frames."""
+
+    name, model_class = "llava_onevision", "LlavaOnevisionForConditionalGeneration"
+    videos = (3, 2)
+
+    def config(self) -> Any:
+        return transformers.LlavaOnevisionConfig(
+            vision_config=transformers.SiglipVisionConfig(**CLIP).to_dict(),
+            text_config=transformers.Qwen2Config(**TEXT).to_dict(),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_2",
+            image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]],
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        images = [m for m in media if m[0] == "image"]
+        films = [m for m in media if m[0] == "video"]
+        inputs: dict[str, Any] = {}
+        tokens: dict[str, list[int]] = {"image": [], "video": []}
+        host = _plain(self.name)
+        if images:
+            together = [n for n in rows if n] if not films else [1] * len(images)
+            alone = [n == 1 for n in together for _ in range(n)]
+            crops = [self._crops(m[1]) if a else 1 for m, a in zip(images, alone, strict=True)]
+            pixels = torch.zeros(len(images), max(crops), 3, 32, 32)
+            for i, (count, (_, _, seed)) in enumerate(zip(crops, images, strict=True)):
+                pixels[i, :count] = noise(count, 3, 32, 32, seed=seed)
+            inputs |= {
+                "pixel_values": pixels,
+                "image_sizes": torch.tensor([m[1] for m in images]),
+                "batch_num_images": torch.tensor(together),
+            }
+            with torch.no_grad():
+                tokens["image"] = [len(f) for f in host.model.get_image_features(**inputs).pooler_output]
+        if films:
+            videos = torch.stack([noise(m[1], 3, 32, 32, seed=m[2]) for m in films])
+            inputs["pixel_values_videos"] = videos
+            with torch.no_grad():
+                tokens["video"] = [len(f) for f in host.model.get_video_features(videos).pooler_output]
+        return inputs, [tokens[kind].pop(0) for kind, _, _ in media]
+
+
+@case
+class InternVL(Case):
+    """Sizes are a number of tiles, each 8 x 8 patches shuffled to 4 x 4 tokens."""
+
+    name, model_class = "internvl", "InternVLForConditionalGeneration"
+    sizes = (1, 3, 2)
+
+    def config(self) -> Any:
+        vision = transformers.InternVLVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=[32, 32],
+            patch_size=[4, 4],
+        )
+        return transformers.InternVLConfig(
+            vision_config=vision.to_dict(),
+            text_config=transformers.Qwen2Config(**TEXT).to_dict(),
+            image_token_id=IMAGE,
+            image_seq_length=16,
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        if not media:
+            return {}, []
+        pixels = torch.cat([noise(tiles, 3, 32, 32, seed=seed) for _, tiles, seed in media])
+        return {"pixel_values": pixels}, [16 * tiles for _, tiles, _ in media]
+
+
+@case
+class Qwen2VL(Case):
+    """Sizes are (time, height, width) in patches of 4 x 4 pixels; 2 x 2 patches a token."""
+
+    name, model_class = "qwen2_vl", "Qwen2VLForConditionalGeneration"
+    sizes = ((1, 8, 8), (1, 4, 10), (1, 6, 6))
+    videos = ((3, 4, 6), (2, 4, 4))
+
+    def config(self) -> Any:
+        return transformers.Qwen2VLConfig(
+            vision_config={
+                "depth": 2,
+                "embed_dim": 32,
+                "hidden_size": 64,
+                "num_heads": 4,
+                "mlp_ratio": 2,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+            text_config={
+                **TEXT,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_start_token_id=96,
+            vision_end_token_id=97,
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        inputs: dict[str, Any] = {}
+        for kind, pixels, grid in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            mine = [(size, seed) for k, size, seed in media if k == kind]
+            if mine:
+                inputs[pixels] = torch.cat([noise(t * h * w, 96, seed=seed) for (t, h, w), seed in mine])
+                inputs[grid] = torch.tensor([size for size, _ in mine])
+        return inputs, [t * h * w // 4 for _, (t, h, w), _ in media]
+
+    def extra(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
+
+
+@case
+class Qwen25VL(Qwen2VL):
+    """Window attention in the tower."""
+
+    name, model_class = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
+
+    def config(self) -> Any:
+        return transformers.Qwen2_5_VLConfig(
+            vision_config={
+                "depth": 2,
+                "hidden_size": 32,
+                "out_hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 4,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            text_config={
+                **TEXT,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_start_token_id=96,
+            vision_end_token_id=97,
+        )

@@ -1,0 +1,56 @@
+"""Which pixels the features cover that a model has encoded before it is called.
+
+`generate` encodes images and videos first and then calls the model with the features alone: sizes are gone by then. The
+features of an image keep their identity on that way (beams repeat them, nothing copies them), so a book that is written
+when they are made, and looked up when they arrive, knows the grids of each.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from vtprune.hooks.families.base import Family, Modality
+
+__all__ = ["remember_grids"]
+
+
+def remember_grids(root: nn.Module, family: Family) -> Callable[[], None]:
+    """Write the family's book whenever `root` encodes images or videos.
+
+    Returns:
+        what takes the effect back.
+    """
+    names = []
+    for modality in family.modalities():
+        name = f"get_{modality.name}_features"
+        setattr(root, name, _watched(getattr(root, name), modality, family))
+        names.append(name)
+
+    def undo() -> None:
+        for name in names:
+            # the method of the class shows again
+            vars(root).pop(name, None)
+
+    return undo
+
+
+def _watched(encode: Callable[..., Any], modality: Modality, family: Family) -> Callable[..., Any]:
+    signature = inspect.signature(encode)
+
+    # generate() reads the signature to find out which arguments to pass
+    @functools.wraps(encode)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = encode(*args, **kwargs)
+        features = getattr(output, "pooler_output", None)
+        if isinstance(features, (list, tuple)):
+            arguments = signature.bind(*args, **kwargs).arguments
+            arguments.update(arguments.pop("kwargs", {}))
+            family.remember(features, family.grids(modality, arguments))
+        return output
+
+    return watched

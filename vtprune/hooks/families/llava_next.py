@@ -1,0 +1,78 @@
+"""LLaVA-NeXT (LLaVA-1.6): the image once as a whole, then in crops, with a newline token behind each row of crops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from vtprune.budget import Geometry
+from vtprune.errors import InputError
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, decoder_geometry
+from vtprune.hooks.families.llava import check_feature_layer, clip_vision
+from vtprune.layout import ImageGrid
+
+__all__ = ["LlavaNext", "crop_rows_and_cols", "image_sizes"]
+
+
+def image_sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(height, width) in pixels of each image of a call, from its `image_sizes`.
+
+    Raises:
+        InputError: if they are missing or not one an image.
+    """
+    sizes, number = arguments.get("image_sizes"), len(arguments["pixel_values"])
+    if sizes is None or len(sizes) != number:
+        raise InputError(
+            f"the call carries {number} image(s) but image_sizes of {0 if sizes is None else len(sizes)}; without them "
+            "nobody knows which token covers which pixels. Pass what the processor returned, image_sizes included."
+        )
+    return [(int(height), int(width)) for height, width in sizes.tolist()]
+
+
+def crop_rows_and_cols(config: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) of the tokens of all crops of one image, padding removed, newline tokens not counted.
+
+    Read off the functions that the host itself uses on the features.
+    """
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
+    rows, cols = unpad_image(torch.empty(1, down * side, across * side), torch.tensor(size)).shape[1:]
+    return rows, cols
+
+
+@FAMILIES.register("llava_next")
+class LlavaNext(Family):
+    """`LlavaNextForConditionalGeneration`: a base grid and a grid of crops with newline tokens an image.
+
+    A newline token counts as a visual token and may be dropped like one; it covers no pixels.
+    """
+
+    name = "llava_next"
+    summary = "LlavaNextForConditionalGeneration (any-resolution crops, newline tokens)"
+
+    @classmethod
+    def matches(cls, config: Any) -> bool:
+        """See `Family.matches`."""
+        return getattr(config, "model_type", None) == "llava_next"
+
+    @classmethod
+    def geometry(cls, config: Any) -> Geometry:
+        """See `Family.geometry`. The example is a square image of twice the tower's side."""
+        vision = clip_vision(config)
+        rows, cols = crop_rows_and_cols(config, (2 * config.vision_config.image_size,) * 2)
+        tokens = vision.patches + rows * (cols + 1)
+        return decoder_geometry(cls.name, config.text_config, tokens, dynamic=True)
+
+    def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
+        """See `Family.grids`."""
+        check_feature_layer(self.config, arguments)
+        return [self._grids(size) for size in image_sizes(arguments)]
+
+    def _grids(self, size: Sequence[int]) -> Grids:
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        rows, cols = crop_rows_and_cols(self.config, (size[0], size[1]))
+        return ImageGrid(side, side), ImageGrid(rows, cols + 1, newline=True)

@@ -1,0 +1,93 @@
+"""LLaVA-OneVision: a single image in crops, several images whole, videos pooled frame by frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vtprune.budget import Geometry
+from vtprune.errors import InputError
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, decoder_geometry
+from vtprune.hooks.families.llava import check_feature_layer, clip_vision
+from vtprune.hooks.families.llava_next import crop_rows_and_cols, image_sizes
+from vtprune.layout import ImageGrid
+
+_NEWLINE = ImageGrid(1, 1, newline=True)
+
+
+def _shrunk(config: Any, size: tuple[int, int], ratio: str) -> tuple[int, int]:
+    """(rows, cols) of the crops' tokens; more than `anyres_max_N` allows are interpolated down to N base grids."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    rows, cols = crop_rows_and_cols(config, size)
+    excess = math.sqrt(rows * cols / (int(ratio.removeprefix("anyres_max_")) * side**2))
+    return (int(rows // excess), int(cols // excess)) if excess > 1.1 else (rows, cols)
+
+
+@FAMILIES.register("llava_onevision")
+class LlavaOnevision(Family):
+    """`LlavaOnevisionForConditionalGeneration`.
+
+    A newline token counts as a visual token and may be dropped like one; it covers no pixels.
+    """
+
+    name = "llava_onevision"
+    summary = "LlavaOnevisionForConditionalGeneration (crops, several images, video)"
+
+    @classmethod
+    def matches(cls, config: Any) -> bool:
+        """See `Family.matches`."""
+        return getattr(config, "model_type", None) == "llava_onevision"
+
+    @classmethod
+    def geometry(cls, config: Any) -> Geometry:
+        """See `Family.geometry`. The example is a square image of twice the tower's side."""
+        vision = clip_vision(config)
+        size = (2 * config.vision_config.image_size,) * 2
+        rows, cols = _shrunk(config, size, config.vision_aspect_ratio)
+        return decoder_geometry(cls.name, config.text_config, vision.patches + rows * (cols + 1), dynamic=True)
+
+    def modalities(self) -> tuple[Modality, ...]:
+        """See `Family.modalities`."""
+        return (*super().modalities(), Modality("video", self.config.video_token_id, "pixel_values_videos"))
+
+    def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
+        """See `Family.grids`."""
+        check_feature_layer(self.config, arguments)
+        if modality.name == "video":
+            videos, frames = arguments[modality.pixels].shape[:2]
+            return [self._video(frames)] * videos
+        sizes = image_sizes(arguments)
+        together = arguments.get("batch_num_images")
+        alone = [True] * len(sizes) if together is None else [n == 1 for n in together.tolist() for _ in range(n)]
+        if len(alone) != len(sizes):
+            raise InputError(f"batch_num_images counts {len(alone)} images, but the call carries {len(sizes)}.")
+        ratio = arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
+        return [self._image(size, whole, ratio) for size, whole in zip(sizes, alone, strict=True)]
+
+    def grids_of_features(self, features: Any) -> list[Grids]:
+        """See `Family.grids_of_features`; videos come as one tensor [videos, frames x tokens + newline, D]."""
+        if isinstance(features, Tensor):
+            return [self._video(features.shape[1] // self._frame_side**2)] * len(features)
+        return super().grids_of_features(features)
+
+    @property
+    def _side(self) -> int:
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    def _image(self, size: tuple[int, int], alone: bool, ratio: str) -> Grids:
+        whole = ImageGrid(self._side, self._side)
+        if not alone:
+            return whole, _NEWLINE
+        rows, cols = _shrunk(self.config, size, ratio)
+        return whole, ImageGrid(rows, cols + 1, newline=True)
+
+    @property
+    def _frame_side(self) -> int:
+        return math.ceil(self._side / 2)
+
+    def _video(self, frames: int) -> Grids:
+        side = self._frame_side
+        return (*(ImageGrid(side, side, frame=frame) for frame in range(frames)), _NEWLINE)

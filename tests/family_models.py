@@ -324,3 +324,181 @@ class Qwen25VL(Qwen2VL):
             vision_start_token_id=96,
             vision_end_token_id=97,
         )
+
+
+@case
+class LlavaNextVideo(LlavaOnevision):
+    """As LLaVA-NeXT; videos are a number of frames, pooled 2 x 2."""
+
+    name, model_class = "llava_next_video", "LlavaNextVideoForConditionalGeneration"
+
+    def config(self) -> Any:
+        return transformers.LlavaNextVideoConfig(
+            vision_config=transformers.CLIPVisionConfig(**CLIP).to_dict(),
+            text_config=transformers.LlamaConfig(**TEXT).to_dict(),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            spatial_pool_mode="average",
+            spatial_pool_stride=2,
+            image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]],
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        # every image is cut into crops, also several of one prompt
+        inputs, tokens = super().encode(media, [1] * len(media))
+        inputs.pop("batch_num_images", None)
+        return inputs, tokens
+
+
+@case
+class Mistral3(Case):
+    """Sizes are (height, width) in pixels; 4 pixels a patch, 2 x 2 patches a token, a row break behind each row."""
+
+    name, model_class = "mistral3", "Mistral3ForConditionalGeneration"
+    sizes = ((32, 32), (16, 40), (24, 24))
+
+    def config(self) -> Any:
+        vision = transformers.PixtralVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=4,
+        )
+        return transformers.Mistral3Config(
+            vision_config=vision.to_dict(),
+            text_config=transformers.MistralConfig(**TEXT, sliding_window=None).to_dict(),
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+            spatial_merge_size=2,
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        if not media:
+            return {}, []
+        high, wide = (max(size[axis] for _, size, _ in media) for axis in range(2))
+        pixels = torch.zeros(len(media), 3, high, wide)
+        for i, (_, (height, width), seed) in enumerate(media):
+            pixels[i, :, :height, :width] = noise(3, height, width, seed=seed)
+        sizes = [size for _, size, _ in media]
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, [h * w // 64 for h, w in sizes]
+
+
+@case
+class Idefics3(Case):
+    """Sizes are a number of crops, each 8 x 8 patches shuffled to 4 x 4 tokens."""
+
+    name, model_class = "idefics3", "Idefics3ForConditionalGeneration"
+    sizes = (1, 3, 2)
+    config_class: ClassVar[str] = "Idefics3Config"
+
+    def config(self) -> Any:
+        return getattr(transformers, self.config_class)(
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 32,
+                "patch_size": 4,
+            },
+            text_config=transformers.LlamaConfig(**TEXT).to_dict(),
+            image_token_id=IMAGE,
+            pad_token_id=PAD,
+            scale_factor=2,
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        if not media:
+            return {}, []
+        waiting = list(media)
+        samples = [[waiting.pop(0) for _ in range(number)] for number in rows]
+        width = max(sum(crops for _, crops, _ in sample) for sample in samples)
+        pixels = torch.zeros(len(samples), width, 3, 32, 32)
+        for b, sample in enumerate(samples):
+            at = 0
+            for _, crops, seed in sample:
+                pixels[b, at : at + crops] = noise(crops, 3, 32, 32, seed=seed)
+                at += crops
+        return {"pixel_values": pixels}, [16 * crops for _, crops, _ in media]
+
+
+@case
+class SmolVLM(Idefics3):
+    """SmolVLM has Idefics3's shape and its own class."""
+
+    name, model_class, config_class = "smolvlm", "SmolVLMForConditionalGeneration", "SmolVLMConfig"
+
+
+@case
+class Glm4v(Qwen2VL):
+    """GLM-4.1V; a video has the placeholder of an image."""
+
+    name, model_class = "glm4v", "Glm4vForConditionalGeneration"
+    videos = ()
+
+    def config(self) -> Any:
+        return transformers.Glm4vConfig(
+            vision_config={
+                "depth": 2,
+                "hidden_size": 32,
+                "out_hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 4,
+                "patch_size": 4,
+                "image_size": 32,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+            text_config={
+                **TEXT,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 3, 3],
+                    "partial_rotary_factor": 1.0,
+                },
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_start_token_id=94,
+            image_end_token_id=95,
+            video_start_token_id=96,
+            video_end_token_id=97,
+        )
+
+
+@case
+class Qwen3VL(Qwen2VL):
+    """DeepStack: features of two tower blocks are added after the first two decoder layers."""
+
+    name, model_class = "qwen3_vl", "Qwen3VLForConditionalGeneration"
+    videos = ()
+
+    def config(self) -> Any:
+        return transformers.Qwen3VLConfig(
+            vision_config={
+                "depth": 3,
+                "hidden_size": 32,
+                "out_hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 4,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 1],
+            },
+            text_config={
+                **TEXT,
+                "head_dim": 16,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_start_token_id=96,
+            vision_end_token_id=97,
+        )

@@ -65,7 +65,8 @@ def masked(model: nn.Module, hidden: list[Tensor], features: Tensor | None = Non
         return pre
 
     root = model.model
-    for i, layer in enumerate(root.language_model.layers):
+    text = root.language_model if hasattr(root, "language_model") else root.text_model
+    for i, layer in enumerate(text.layers):
         handles.append(layer.register_forward_pre_hook(hook(i), with_kwargs=True))
     if features is not None:
         handles.append(root.multi_modal_projector.register_forward_hook(lambda m, a, out: features))

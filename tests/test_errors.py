@@ -87,7 +87,9 @@ def test_unsupported_models() -> None:
     text = LlamaForCausalLM(
         LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
     )
-    with pytest.raises(vtprune.UnsupportedModelError, match=r"no family serves model_type 'llama'. Supported: llava"):
+    with pytest.raises(
+        vtprune.UnsupportedModelError, match=r"no family serves model_type 'llama'. Supported: .*llava: Llava"
+    ):
         vtprune.prune(text, "uniform", 5)
     with pytest.raises(vtprune.UnsupportedModelError, match="got str"):
         vtprune.prune("llava-hf/llava-1.5-7b-hf", "uniform", 5)
@@ -145,7 +147,7 @@ def test_image_split_between_prompts(model: LlavaForConditionalGeneration) -> No
     first = (ids[0] == IMAGE).nonzero()[0, 0]
     ids[0, first] = 5
     ids[1, -1] = IMAGE
-    run(model, inputs, "sample 0 has 15 image tokens, which is not a multiple of the 16")
+    run(model, inputs, r"sample 0 has 15 image tokens, which do not make whole .*next image has 16")
 
 
 def test_empty_batch(model: LlavaForConditionalGeneration) -> None:

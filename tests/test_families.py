@@ -84,7 +84,9 @@ def test_pruned_run_equals_masked_oracle(case: Case, rows: Any, method: str, kee
     assert off > 1e-3, "the oracle must notice when other tokens are hidden"
 
 
-@pytest.mark.parametrize(("method", "keep"), [*METHODS, ("pool", 0.3), ("divprune", 0.3)], ids=[*IDS, "pool", "divprune"])
+@pytest.mark.parametrize(
+    ("method", "keep"), [*METHODS, ("pool", 0.3), ("divprune", 0.3)], ids=[*IDS, "pool", "divprune"]
+)
 @torch.no_grad()
 def test_batch_equals_each_sample_alone(case: Case, method: str, keep: Any) -> None:
     model, rows = case.model(), ragged(case)

@@ -58,6 +58,7 @@ class Geometry:
         images: number of images the visual tokens come from.
         vision: the tower, or None if the family gives no access to it.
         dynamic: images differ in their number of tokens; `visual_tokens` is then only an example until a prompt comes.
+        deepstack: after how many of the first decoder layers the host adds visual features again.
         rotary_axes: 3 where a token has a time, a row and a column for rotary position (M-RoPE), else 1.
         entering: visual tokens that enter each decoder layer before the method at hand acts; () means all.
     """
@@ -74,6 +75,7 @@ class Geometry:
     images: int = 1
     vision: VisionGeometry | None = None
     dynamic: bool = False
+    deepstack: int = 0
     rotary_axes: int = 1
     entering: tuple[int, ...] = ()
 

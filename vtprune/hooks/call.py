@@ -23,7 +23,7 @@ __all__ = ["GroupInputs", "Step", "check_per_token"]
 
 _KNOWN = frozenset(
     {"attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache", "inputs_embeds",
-     "hidden_states", "input_ids"}
+     "hidden_states", "input_ids", "visual_pos_masks"}
 )  # fmt: skip
 
 

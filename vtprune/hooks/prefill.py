@@ -184,6 +184,23 @@ class Prefill:
         )
         observe_all(scorers, view, self.alive)
 
+    def deepstack(self, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Visual features that the host adds after an early layer (DeepStack), for the rows that are left.
+
+        Args:
+            mask: [B, N] True at visual positions.
+            features: [visual positions of the batch, D].
+
+        Returns:
+            [B, M] mask, and the features of the tokens that are left.
+        """
+        if not self.pruned:
+            return mask, features
+        present = torch.zeros_like(mask)
+        present.scatter_(1, self.rows.position, self.rows.filled)
+        left = mask.gather(1, self.rows.position) & self.rows.filled
+        return left, features[present[mask]]
+
     # after the decoder
 
     def text_output(self, hidden: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import weakref
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtprune.contract import Scorer
-from vtprune.errors import InputError, SessionError
+from vtprune.errors import HostContractError, InputError, SessionError
 from vtprune.hooks.accounting import real_positions, report_full, report_pruned
 from vtprune.hooks.cache import record_of, write_record
 from vtprune.hooks.call import Step
@@ -123,6 +124,8 @@ class Session:
             pre(model, self._on_model)
         pre(parts.text_model, self._on_text)
         post(parts.text_model, self._after_text)
+        if self.geometry.deepstack:
+            self._attach_deepstack()
         # layer 0 never differs from the text model's own input; every other may, in a cache that another plan pruned
         for index in range(1, len(parts.layers)):
             pre(parts.layers[index], self._on_layer(index))
@@ -139,6 +142,25 @@ class Session:
         for block, scorers in watched_blocks(self.plan, "vision").items():
             module = self._family.attention(parts.blocks[block])
             self._undo.append(attach_probe(module, self._observer("tower", block, scorers)))
+
+    def _attach_deepstack(self) -> None:
+        text, calls = self._parts.text_model, self._calls
+        add = getattr(text, "_deepstack_process", None)
+        if add is None:
+            raise HostContractError(
+                f"{type(text).__name__} has no _deepstack_process(hidden_states, visual_pos_masks, visual_embeds), "
+                "where visual features are added to early layers. Please report it with your transformers version."
+            )
+
+        @functools.wraps(add)
+        def added(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+            call = calls.decoder
+            if isinstance(call, Prefill):
+                visual_pos_masks, visual_embeds = call.deepstack(visual_pos_masks, visual_embeds)
+            return add(hidden_states, visual_pos_masks, visual_embeds)
+
+        setattr(text, "_deepstack_process", added)  # noqa: B010 - shadows the method on this instance
+        self._undo.append(lambda: vars(text).pop("_deepstack_process", None))
 
     def _observer(self, side: str, block: int, scorers: Sequence[Scorer]) -> Callable[..., None]:
         calls = self._calls

@@ -29,6 +29,13 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
                 f"positions='compact' has no meaning with rotary positions of {geometry.rotary_axes} axes (time, row, "
                 "column): a row that is closed up would move other rows of the image. Use positions='keep'."
             )
+        early = site.kind == "input" or (site.kind == "layer" and site.index < geometry.deepstack)
+        if scorer.merges and early and geometry.deepstack:
+            raise PlanError(
+                f"{scorer.name} merges tokens at {site}, but this model adds visual features again until after layer "
+                f"{geometry.deepstack - 1} (DeepStack), which a merged token would miss. Merge at "
+                f"layer[{geometry.deepstack}] or later, or use a method that drops."
+            )
         if site.kind == "layer" and site.index >= geometry.layers:
             raise PlanError(f"{site} is outside the decoder, which has layers 0 to {geometry.layers - 1}.")
         if site.kind == "vision":

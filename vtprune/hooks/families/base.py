@@ -183,7 +183,8 @@ class Family(ABC):
                 mine = self.grids_of_features(output.pooler_output)
             elif pixels is not None and len(pixels):
                 mine = self.grids(modality, arguments)
-            result[modality.token] = mine
+            # an empty entry stands for a sample without images; two modalities may share a placeholder
+            result.setdefault(modality.token, []).extend(grids for grids in mine if grids)
         return result
 
     def prompt(self, arguments: Mapping[str, Any]) -> Prompt:

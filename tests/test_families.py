@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_models import CASES, LAYERS, Case, Row
 from oracle import hidden_keys, masked
 from torch import Tensor
@@ -168,3 +169,109 @@ def test_gradients_flow_and_equal_the_oracle(case: Case) -> None:
         want.backward()
     torch.testing.assert_close(loss, want, **EXACT)
     torch.testing.assert_close(got, model.get_parameter(weight).grad, atol=1e-4, rtol=1e-4)
+
+
+def converse(case: Case, model: Any, turns: list[dict[str, Any]], session: Any = None) -> tuple[Tensor, list[Any]]:
+    """Several turns over one cache. Returns all ids, and the report of every turn that brought an image."""
+    cache, ids, mask, reports = transformers.DynamicCache(config=model.config.text_config), None, None, []
+    for turn in turns:
+        ids = turn["input_ids"] if ids is None else torch.cat([ids, turn["input_ids"]], 1)
+        mask = torch.ones_like(ids)
+        pictures = {k: v for k, v in turn.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        inputs = {"input_ids": ids, "attention_mask": mask, **case.extra(ids), **pictures}
+        ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        if session is not None and pictures:
+            reports.append(session.report)
+    return ids, reports
+
+
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+@torch.no_grad()
+def test_turns_over_one_cache_equal_masked_oracle(case: Case, method: str) -> None:
+    """Turn 2 is text; turn 3 brings a new image where the host can place one in a running conversation."""
+    model = case.model()
+    text = {"input_ids": torch.randint(3, 90, (1, 4), generator=torch.Generator().manual_seed(5))}
+    turns = [case.batch(*one(case)), text]
+    # M-RoPE: generate() counts positions from the grids of all images, but encodes those of the new one alone
+    if vtprune.geometry(model).rotary_axes == 1:
+        turns.append(case.batch(Row((("image", case.sizes[1]),), 2, 3, 20)))
+    with vtprune.prune(model, method, 0.5) as session:
+        out, reports = converse(case, model, turns, session)
+    assert len(reports) == len(turns) - 1
+    hidden = [torch.zeros_like(out, dtype=torch.bool) for _ in range(LAYERS)]
+    places = case.visual(out)[0].nonzero()[:, 0].split([r.visual_tokens[0] for r in reports])
+    for report, positions in zip(reports, places, strict=True):
+        here = torch.zeros_like(out, dtype=torch.bool)
+        here[0, positions] = True
+        for layer, gone in enumerate(hidden_keys(report, out, LAYERS, here)):
+            hidden[layer] |= gone
+    with masked(model, hidden):
+        assert torch.equal(out, converse(case, model, turns)[0])
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_next_video", "mistral3"])
+def test_images_without_sizes_are_refused(name: str) -> None:
+    model, inputs = CASES[name].model(), CASES[name].batch(*one(CASES[name]))
+    del inputs["image_sizes"]
+    with vtprune.prune(model, "uniform", 0.5), pytest.raises(vtprune.InputError, match=r"1 image.* image_sizes of 0"):
+        model(**inputs)
+
+
+def test_grids_missing_from_a_call_are_named() -> None:
+    case = CASES["qwen2_vl"]
+    model, inputs = case.model(), case.batch(*one(case))
+    del inputs["image_grid_thw"]
+    with vtprune.prune(model, "uniform", 0.5), pytest.raises(vtprune.InputError, match="no image_grid_thw"):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_features_encoded_by_hand_are_known_if_encoded_under_the_session() -> None:
+    case = CASES["llava_next"]
+    model, inputs = case.model(), case.batch(*ragged(case))
+    pictures = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes")}
+    before = model.get_image_features(**pictures)
+    with vtprune.prune(model, "uniform", 0.5) as session:
+        want = model(**inputs, **pictures).logits
+        features = model.get_image_features(**pictures)
+        got = model(**inputs, mm_encoder_outputs={"image": features}).logits
+        assert torch.equal(got, want)
+        assert session.report.average_tokens[0] < session.report.visual_tokens[0]
+        with pytest.raises(vtprune.InputError, match=r"features of 4 image\(s\), of which 4 were not encoded"):
+            model(**inputs, mm_encoder_outputs={"image": before})
+
+
+def test_compact_positions_are_refused_under_mrope() -> None:
+    with pytest.raises(vtprune.PlanError, match="no meaning with rotary positions of 3 axes"):
+        vtprune.prune(CASES["qwen2_vl"].model(), vtprune.FastV(positions="compact"), 0.5)
+
+
+def test_merging_where_deepstack_still_adds_features_is_refused() -> None:
+    with pytest.raises(vtprune.PlanError, match=r"pool merges tokens at input.*until after layer 1 \(DeepStack\)"):
+        vtprune.prune(CASES["qwen3_vl"].model(), "pool", 0.5)
+
+
+@torch.no_grad()
+def test_deepstack_features_go_to_the_tokens_that_are_left() -> None:
+    """A cut between the layers that add features: dropping the wrong rows of them would show."""
+    case = CASES["qwen3_vl"]
+    model, inputs = case.model(), case.batch(*ragged(case))
+    plan = vtprune.Plan((vtprune.Stage(vtprune.Site("layer", 1), vtprune.Uniform(), 0.4),))
+    with vtprune.prune(model, plan) as session:
+        logits, report = model(**inputs).logits, session.report
+    hidden = hidden_keys(report, inputs["input_ids"], LAYERS, case.visual(inputs["input_ids"]))
+    with masked(model, hidden):
+        want = model(**inputs).logits
+    seen = inputs["attention_mask"].bool() & ~hidden[-1]
+    torch.testing.assert_close(logits[seen], want[seen], **EXACT)
+
+
+def test_a_budget_beyond_the_example_image_waits_for_the_prompt() -> None:
+    """An example image of Qwen2-VL has 256 tokens; a budget of 300 is fine for a larger one and refused for a small."""
+    case = CASES["qwen2_vl"]
+    model, inputs = case.model(), case.batch(*one(case))
+    with (
+        vtprune.prune(model, "uniform", 300),
+        pytest.raises(vtprune.BudgetError, match=r"keep must be in \[1, 16\], got 300"),
+    ):
+        model(**inputs)

@@ -59,6 +59,10 @@ def prune(
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise UnsupportedModelError(f"model must be a transformers model, got {type(model).__name__}.")
+    # adapters (PEFT) wrap the model they train; the hooks go on the model itself
+    wrapped = getattr(model, "get_base_model", None)
+    if wrapped is not None:
+        model = wrapped()
     shape = geometry(model)
     planner = Planner(shape, method, keep, basis, flops)
     check_plan(planner.nominal, shape)

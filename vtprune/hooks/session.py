@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtprune.contract import Scorer
@@ -107,12 +108,15 @@ class Session:
     def _attach(self) -> None:
         parts = self._parts
 
+        # a compiled forward must run the hooks and not bake in what they saw when it was traced
         def pre(module: nn.Module, hook: Callable[..., Any]) -> None:
-            self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            untraced = torch.compiler.disable(hook)
+            self._undo.append(module.register_forward_pre_hook(untraced, with_kwargs=True).remove)
 
         def post(module: nn.Module, hook: Callable[..., Any]) -> None:
+            untraced = torch.compiler.disable(hook)
             # always_call: an exception inside must not leave a call's state behind
-            self._undo.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True).remove)
+            self._undo.append(module.register_forward_hook(untraced, with_kwargs=True, always_call=True).remove)
 
         self._undo.append(remember_grids(parts.root, self._family))
         pre(parts.root, self._on_root)

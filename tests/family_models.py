@@ -58,6 +58,7 @@ class Case(ABC):
     model_class: ClassVar[str]
     sizes: ClassVar[tuple[Any, ...]]
     videos: ClassVar[tuple[Any, ...]] = ()
+    mixes: ClassVar[bool] = True  # images and videos may come in one call
 
     @abstractmethod
     def config(self) -> Any:
@@ -86,7 +87,8 @@ class Case(ABC):
             words = torch.randint(3, 90, (400,), generator=torch.Generator().manual_seed(row.seed)).tolist()
             ids = words[: row.before]
             for i, (kind, _) in enumerate(row.media):
-                ids += [IMAGE if kind == "image" else VIDEO] * tokens[at] + words[50 + 2 * i : 52 + 2 * i]
+                for run in self.runs(kind, tokens[at]):
+                    ids += [self.placeholder(kind)] * run + words[50 + 2 * i : 52 + 2 * i]
                 at += 1
             lists.append(ids + words[100 : 100 + row.after])
         width = max(map(len, lists))
@@ -95,6 +97,14 @@ class Case(ABC):
             span = slice(width - len(one), width) if left else slice(0, len(one))
             ids[b, span], mask[b, span] = torch.tensor(one), 1
         return {"input_ids": ids, "attention_mask": mask, **self.extra(ids), **inputs}
+
+    def placeholder(self, kind: str) -> int:
+        """The token that stands for a patch."""
+        return IMAGE if kind == "image" else VIDEO
+
+    def runs(self, kind: str, tokens: int) -> list[int]:
+        """Placeholders of one medium, cut where text stands between them."""
+        return [tokens]
 
     def extra(self, ids: Tensor) -> dict[str, Tensor]:
         """Inputs derived from the token ids."""
@@ -433,12 +443,31 @@ class SmolVLM(Idefics3):
     name, model_class, config_class = "smolvlm", "SmolVLMForConditionalGeneration", "SmolVLMConfig"
 
 
+class _Timestamps(Qwen2VL):
+    """Text stands before every frame of a video: all videos here have three frames."""
+
+    videos = ((3, 4, 6), (3, 4, 4))
+
+    def runs(self, kind: str, tokens: int) -> list[int]:
+        return [tokens] if kind == "image" else [tokens // 3] * 3
+
+
 @case
-class Glm4v(Qwen2VL):
-    """GLM-4.1V; a video has the placeholder of an image."""
+class Glm4v(_Timestamps):
+    """GLM-4.1V; a video has the placeholder of an image and stands between its own start and end tokens."""
 
     name, model_class = "glm4v", "Glm4vForConditionalGeneration"
-    videos = ()
+    mixes = False
+
+    def placeholder(self, kind: str) -> int:
+        return IMAGE
+
+    def batch(self, *rows: Row, left: bool = True) -> dict[str, Any]:
+        inputs = super().batch(*rows, left=left)
+        for b, row in enumerate(rows):
+            if any(kind == "video" for kind, _ in row.media):
+                inputs["mm_token_type_ids"][b] *= 2
+        return inputs
 
     def config(self) -> Any:
         return transformers.Glm4vConfig(
@@ -472,11 +501,10 @@ class Glm4v(Qwen2VL):
 
 
 @case
-class Qwen3VL(Qwen2VL):
+class Qwen3VL(_Timestamps):
     """DeepStack: features of two tower blocks are added after the first two decoder layers."""
 
     name, model_class = "qwen3_vl", "Qwen3VLForConditionalGeneration"
-    videos = ()
 
     def config(self) -> Any:
         return transformers.Qwen3VLConfig(

@@ -59,6 +59,7 @@ class Case(ABC):
     sizes: ClassVar[tuple[Any, ...]]
     videos: ClassVar[tuple[Any, ...]] = ()
     mixes: ClassVar[bool] = True  # images and videos may come in one call
+    beams_keep_order: ClassVar[bool] = True  # of several images of one prompt
 
     @abstractmethod
     def config(self) -> Any:
@@ -457,7 +458,7 @@ class Glm4v(_Timestamps):
     """GLM-4.1V; a video has the placeholder of an image and stands between its own start and end tokens."""
 
     name, model_class = "glm4v", "Glm4vForConditionalGeneration"
-    mixes = False
+    mixes = beams_keep_order = False
 
     def placeholder(self, kind: str) -> int:
         return IMAGE

@@ -110,11 +110,11 @@ class Session:
 
         # a compiled forward must run the hooks and not bake in what they saw when it was traced
         def pre(module: nn.Module, hook: Callable[..., Any]) -> None:
-            untraced = torch.compiler.disable(hook)
+            untraced: Any = torch.compiler.disable(hook)
             self._undo.append(module.register_forward_pre_hook(untraced, with_kwargs=True).remove)
 
         def post(module: nn.Module, hook: Callable[..., Any]) -> None:
-            untraced = torch.compiler.disable(hook)
+            untraced: Any = torch.compiler.disable(hook)
             # always_call: an exception inside must not leave a call's state behind
             self._undo.append(module.register_forward_hook(untraced, with_kwargs=True, always_call=True).remove)
 

@@ -99,12 +99,12 @@ def _label_patches(
 
 def easy_labels(picture: EasyPicture) -> tuple[np.ndarray, np.ndarray]:
     """([5, N] patch labels, [NAMES] names) of an easy-VQA picture, as of a scene with one object."""
-    places = np.nonzero(picture.cover)
-    center = tuple((float(axis.min()) + float(axis.max())) / 2 for axis in places)
-    row, column = (int(axis * 3 // IMAGE_SIZE) for axis in center)
+    down, across = ((float(axis.min()) + float(axis.max())) / 2 for axis in np.nonzero(picture.cover))
+    row, column = (int(axis * 3 // IMAGE_SIZE) for axis in (down, across))
     kind, color = picture.kind, picture.color
-    told = tuple(IGNORE if value is None else value + 1 for value in (kind, color))
-    labels = _label_patches(picture.cover.astype(np.int64), [center], [(*told, row * 3 + column)])
+    told_kind, told_color = (IGNORE if value is None else value + 1 for value in (kind, color))
+    table = [(told_kind, told_color, row * 3 + column)]
+    labels = _label_patches(picture.cover.astype(np.int64), [(down, across)], table)
     if kind is None or color is None:
         return labels, np.full(NAMES, -1, np.float32)
     names = np.zeros(NAMES, np.float32)

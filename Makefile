@@ -1,5 +1,6 @@
 # make run       accuracy against budget on the embedded model: table, plot, report   (FAST=1: a smaller subset)
 # make test      default tests           make test-slow   the slow ones
+# make test-oldest  the contract tests on the oldest supported transformers
 # make lint      ruff check and format   make types       pyright
 # make bench     speed and memory
 # Every target sets up .venv by itself the first time and whenever pyproject.toml changes.
@@ -12,6 +13,9 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 LMMS_EVAL ?= lmms-eval==0.7.3
 OUT ?= runs
 ARGS ?=
+# the oldest supported transformers and what it needs older, in a folder of their own before the environment's
+OLDEST ?= 'transformers==5.16.*' 'huggingface_hub<2'
+CONTRACT := $(addprefix tests/test_,families.py invariants.py conversations.py tower.py signals.py)
 # test processes; each loads torch once
 JOBS ?= 2
 
@@ -21,7 +25,7 @@ STAMP := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test test-slow lint types bench setup clean
+.PHONY: run test test-slow test-oldest lint types bench setup clean
 
 setup: $(STAMP)
 
@@ -41,6 +45,11 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-oldest: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .oldest $(OLDEST)
+	PYTHONPATH=.oldest $(BIN)/python -c "import transformers as t; assert t.__version__.startswith('5.16'), t"
+	PYTHONPATH=.oldest $(BIN)/python -m pytest -n $(JOBS) $(CONTRACT) $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +61,4 @@ bench: $(STAMP)
 	$(BIN)/vtprune bench --model random:llama-0.3b --methods all --keeps 1/3,2/9,1/9 --out $(OUT)/bench.jsonl $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .oldest build dist

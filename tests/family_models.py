@@ -12,6 +12,11 @@ import torch
 import transformers
 from torch import Tensor
 
+# what the installed transformers does; 5.16 is the oldest supported
+HOST = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+HOST_ENCODES_FIRST = HOST >= (5, 18)  # generate() encodes images before it calls the model
+HOST_KEEPS_BEAM_ORDER = HOST >= (5, 19)  # of several images of one prompt
+
 IMAGE, VIDEO, PAD, VOCAB, LAYERS = 99, 98, 0, 100, 4
 
 TEXT = {
@@ -59,7 +64,7 @@ class Case(ABC):
     sizes: ClassVar[tuple[Any, ...]]
     videos: ClassVar[tuple[Any, ...]] = ()
     mixes: ClassVar[bool] = True  # images and videos may come in one call
-    beams_keep_order: ClassVar[bool] = True  # of several images of one prompt
+    beams_keep_order: ClassVar[bool] = HOST_KEEPS_BEAM_ORDER
 
     @abstractmethod
     def config(self) -> Any:
@@ -89,7 +94,8 @@ class Case(ABC):
             ids = words[: row.before]
             for i, (kind, _) in enumerate(row.media):
                 for run in self.runs(kind, tokens[at]):
-                    ids += [self.placeholder(kind)] * run + words[50 + 2 * i : 52 + 2 * i]
+                    start, end = self.marks(kind)
+                    ids += [*start, *[self.placeholder(kind)] * run, *end, *words[50 + 2 * i : 52 + 2 * i]]
                 at += 1
             lists.append(ids + words[100 : 100 + row.after])
         width = max(map(len, lists))
@@ -106,6 +112,10 @@ class Case(ABC):
     def runs(self, kind: str, tokens: int) -> list[int]:
         """Placeholders of one medium, cut where text stands between them."""
         return [tokens]
+
+    def marks(self, kind: str) -> tuple[list[int], list[int]]:
+        """Tokens before and behind the placeholders, where the host looks for them."""
+        return [], []
 
     def extra(self, ids: Tensor) -> dict[str, Tensor]:
         """Inputs derived from the token ids."""
@@ -202,6 +212,10 @@ class LlavaOnevision(LlavaNext):
             image_grid_pinpoints=[[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]],
         )
 
+    def video_tokens(self, frames: int) -> int:
+        """4 x 4 patches pooled to 2 x 2 a frame, and one newline."""
+        return 4 * frames + 1
+
     def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
         images = [m for m in media if m[0] == "image"]
         films = [m for m in media if m[0] == "video"]
@@ -223,10 +237,8 @@ class LlavaOnevision(LlavaNext):
             with torch.no_grad():
                 tokens["image"] = [len(f) for f in host.model.get_image_features(**inputs).pooler_output]
         if films:
-            videos = torch.stack([noise(m[1], 3, 32, 32, seed=m[2]) for m in films])
-            inputs["pixel_values_videos"] = videos
-            with torch.no_grad():
-                tokens["video"] = [len(f) for f in host.model.get_video_features(videos).pooler_output]
+            inputs["pixel_values_videos"] = torch.stack([noise(m[1], 3, 32, 32, seed=m[2]) for m in films])
+            tokens["video"] = [self.video_tokens(m[1]) for m in films]
         return inputs, [tokens[kind].pop(0) for kind, _, _ in media]
 
 
@@ -302,6 +314,9 @@ class Qwen2VL(Case):
                 inputs[grid] = torch.tensor([size for size, _ in mine])
         return inputs, [t * h * w // 4 for _, (t, h, w), _ in media]
 
+    def marks(self, kind: str) -> tuple[list[int], list[int]]:
+        return [96], [97]
+
     def extra(self, ids: Tensor) -> dict[str, Tensor]:
         return {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 
@@ -342,6 +357,9 @@ class LlavaNextVideo(LlavaOnevision):
     """As LLaVA-NeXT; videos are a number of frames, pooled 2 x 2."""
 
     name, model_class = "llava_next_video", "LlavaNextVideoForConditionalGeneration"
+
+    def video_tokens(self, frames: int) -> int:
+        return 4 * frames
 
     def config(self) -> Any:
         return transformers.LlavaNextVideoConfig(
@@ -458,10 +476,13 @@ class Glm4v(_Timestamps):
     """GLM-4.1V; a video has the placeholder of an image and stands between its own start and end tokens."""
 
     name, model_class = "glm4v", "Glm4vForConditionalGeneration"
-    mixes = beams_keep_order = False
+    mixes = beams_keep_order = False  # transformers 5.23 still has the old order here
 
     def placeholder(self, kind: str) -> int:
         return IMAGE
+
+    def marks(self, kind: str) -> tuple[list[int], list[int]]:
+        return ([94], [95]) if kind == "image" else ([96], [97])
 
     def batch(self, *rows: Row, left: bool = True) -> dict[str, Any]:
         inputs = super().batch(*rows, left=left)

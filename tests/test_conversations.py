@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from family_models import HOST_KEEPS_BEAM_ORDER
 from models import IMAGE, LAYERS, TOKENS, VOCAB, Row, batch, llava
 from oracle import hidden_keys, masked
 from torch import Tensor
@@ -34,6 +35,7 @@ def test_beams_equal_masked_oracle(method: str, attention: str) -> None:
     assert report.visual_tokens == (TOKENS,) * 6
 
 
+@pytest.mark.skipif(not HOST_KEEPS_BEAM_ORDER, reason="this transformers mixes up several images of one prompt")
 @pytest.mark.parametrize("method", [*METHODS, "flowcut"])
 @torch.no_grad()
 def test_beams_keep_what_greedy_keeps(method: str) -> None:

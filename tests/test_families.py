@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_models import CASES, LAYERS, Case, Row
+from family_models import CASES, HOST_ENCODES_FIRST, HOST_KEEPS_BEAM_ORDER, LAYERS, Case, Row
 from oracle import hidden_keys, masked
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def test_batch_equals_each_sample_alone(case: Case, method: str, keep: Any) -> N
 def test_beams_equal_masked_oracle(case: Case, method: str) -> None:
     rows = ragged(case)
     if not case.beams_keep_order:
-        rows = (rows[0], *rows[2:])
+        rows = (rows[0], rows[2], Row(rows[0].media, 6, 2, 3))
     model, inputs = case.model(), case.batch(*rows)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, "do_sample": False}
     with vtprune.prune(model, method, 0.5) as session:
@@ -125,6 +125,7 @@ def test_beams_equal_masked_oracle(case: Case, method: str) -> None:
         assert torch.equal(out, model.generate(**inputs, **beams))
 
 
+@pytest.mark.skipif(not HOST_KEEPS_BEAM_ORDER, reason="this transformers has other ways to go wrong here")
 @torch.no_grad()
 def test_images_that_the_host_puts_into_the_wrong_order_are_refused() -> None:
     """GLM-4.1V under beams repeats image by image (A A B B) where the prompts want A B A B (transformers 5.23)."""
@@ -242,6 +243,7 @@ def test_grids_missing_from_a_call_are_named() -> None:
         model(**inputs)
 
 
+@pytest.mark.skipif(not HOST_ENCODES_FIRST, reason="this transformers takes no encoded features")
 @torch.no_grad()
 def test_features_encoded_by_hand_are_known_if_encoded_under_the_session() -> None:
     case = CASES["llava_next"]

@@ -18,8 +18,9 @@ from transformers.masking_utils import create_causal_mask
 from vtprune.errors import HostContractError, InputError
 from vtprune.hooks.cache import CacheRecord, Group, physical_length
 from vtprune.hooks.families.base import Parts
+from vtprune.kernels.keep_tokens import keep_tokens
 
-__all__ = ["GroupInputs", "Step", "check_per_token"]
+__all__ = ["GroupInputs", "Step", "check_per_token", "keep_angles"]
 
 _KNOWN = frozenset(
     {"attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache", "inputs_embeds",
@@ -42,6 +43,13 @@ def check_per_token(arguments: dict[str, Any], length: int, where: str) -> None:
             )
 
 
+def keep_angles(angles: Tensor, index: Tensor) -> Tensor:
+    """[B or 1, N, d] cos or sin -> [B, M, d]; with an axis in front where the host merges M-RoPE only later."""
+    if angles.ndim == 4:
+        return torch.stack([keep_angles(axis, index) for axis in angles])
+    return keep_tokens([angles.expand(index.shape[0], -1, -1)], index)[0]
+
+
 @dataclass
 class GroupInputs:
     """What the layers of one group get instead of the host's tensors.
@@ -49,7 +57,7 @@ class GroupInputs:
     Attributes:
         attention_mask: in the backend's own form, or None.
         position_ids: [B, M], [axes, B, M] under M-RoPE, or the host's.
-        position_embeddings: (cos, sin), each [B, M, d].
+        position_embeddings: (cos, sin), each [B, M, d], or as the host has them under M-RoPE.
     """
 
     attention_mask: Any

@@ -49,6 +49,8 @@ def _watched(encode: Callable[..., Any], modality: Modality, family: Family) -> 
         features = getattr(output, "pooler_output", None)
         if isinstance(features, (list, tuple)):
             arguments = signature.bind(*args, **kwargs).arguments
+            # some releases name the pixels of videos as those of images: they come first all the same
+            arguments.setdefault(modality.pixels, next(iter(arguments.values()), None))
             arguments.update(arguments.pop("kwargs", {}))
             family.remember(features, family.grids(modality, arguments))
         return output

@@ -16,7 +16,7 @@ from vtprune.contract import AttentionView, Scorer
 from vtprune.errors import InputError
 from vtprune.hooks.alive import Alive, Cut, cut_counts, make_cut, observe_all
 from vtprune.hooks.cache import CacheRecord, Group, physical_length, record_of
-from vtprune.hooks.call import GroupInputs, check_per_token
+from vtprune.hooks.call import GroupInputs, check_per_token, keep_angles
 from vtprune.hooks.families.base import Parts, Prompt
 from vtprune.hooks.rows import Rows
 from vtprune.kernels.keep_tokens import keep_tokens
@@ -148,7 +148,7 @@ class Prefill:
             position = self._positions()
             embeddings = self.parts.rotary(hidden, position_ids=position)
         elif cut_index is not None:
-            embeddings = keep_tokens([t.expand(self.batch, -1, -1) for t in embeddings], cut_index)
+            embeddings = [keep_angles(t, cut_index) for t in embeddings]
             if position is not None:
                 position = keep_tokens([position.expand(self.batch, -1)], cut_index)[0]
         mask = create_causal_mask(
@@ -183,23 +183,6 @@ class Prefill:
             has_cls=False,
         )
         observe_all(scorers, view, self.alive)
-
-    def deepstack(self, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Visual features that the host adds after an early layer (DeepStack), for the rows that are left.
-
-        Args:
-            mask: [B, N] True at visual positions.
-            features: [visual positions of the batch, D].
-
-        Returns:
-            [B, M] mask, and the features of the tokens that are left.
-        """
-        if not self.pruned:
-            return mask, features
-        present = torch.zeros_like(mask)
-        present.scatter_(1, self.rows.position, self.rows.filled)
-        left = mask.gather(1, self.rows.position) & self.rows.filled
-        return left, features[present[mask]]
 
     # after the decoder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import weakref
@@ -13,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.contract import Scorer
-from vtprune.errors import HostContractError, InputError, SessionError
+from vtprune.errors import InputError, SessionError
 from vtprune.hooks.accounting import real_positions, report_full, report_pruned
 from vtprune.hooks.cache import record_of, write_record
 from vtprune.hooks.call import Step
+from vtprune.hooks.deepstack import attach_deepstack
 from vtprune.hooks.encoded import remember_grids
 from vtprune.hooks.families.base import Family, Prompt
 from vtprune.hooks.planner import Planner
 from vtprune.hooks.prefill import Prefill
 from vtprune.hooks.probe import attach_probe
+from vtprune.hooks.rows import Rows
 from vtprune.hooks.tower import TowerCall, TowerRun, read_departures
 from vtprune.hooks.validate import check_call, check_drafts, watched_blocks
 from vtprune.plan import Plan
@@ -129,7 +130,7 @@ class Session:
         pre(parts.text_model, self._on_text)
         post(parts.text_model, self._after_text)
         if self.geometry.deepstack:
-            self._attach_deepstack()
+            self._undo.append(attach_deepstack(parts.text_model, self._pruned_rows))
         # layer 0 never differs from the text model's own input; every other may, in a cache that another plan pruned
         for index in range(1, len(parts.layers)):
             pre(parts.layers[index], self._on_layer(index))
@@ -147,24 +148,9 @@ class Session:
             module = self._family.attention(parts.blocks[block])
             self._undo.append(attach_probe(module, self._observer("tower", block, scorers)))
 
-    def _attach_deepstack(self) -> None:
-        text, calls = self._parts.text_model, self._calls
-        add = getattr(text, "_deepstack_process", None)
-        if add is None:
-            raise HostContractError(
-                f"{type(text).__name__} has no _deepstack_process(hidden_states, visual_pos_masks, visual_embeds), "
-                "where visual features are added to early layers. Please report it with your transformers version."
-            )
-
-        @functools.wraps(add)
-        def added(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-            call = calls.decoder
-            if isinstance(call, Prefill):
-                visual_pos_masks, visual_embeds = call.deepstack(visual_pos_masks, visual_embeds)
-            return add(hidden_states, visual_pos_masks, visual_embeds)
-
-        setattr(text, "_deepstack_process", added)  # noqa: B010 - shadows the method on this instance
-        self._undo.append(lambda: vars(text).pop("_deepstack_process", None))
+    def _pruned_rows(self) -> Rows | None:
+        call = self._calls.decoder
+        return call.rows if isinstance(call, Prefill) and call.pruned else None
 
     def _observer(self, side: str, block: int, scorers: Sequence[Scorer]) -> Callable[..., None]:
         calls = self._calls

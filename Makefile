@@ -13,8 +13,9 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 LMMS_EVAL ?= lmms-eval==0.7.3
 OUT ?= runs
 ARGS ?=
-# the oldest supported transformers and what it needs older, in a folder of their own before the environment's
-OLDEST ?= 'transformers==5.16.*' 'huggingface_hub<2'
+# the oldest supported transformers, and the hub client it needs, in a folder that goes before the environment's own
+OLDEST ?= transformers==5.16.*
+OLDEST_HUB ?= huggingface_hub<2
 CONTRACT := $(addprefix tests/test_,families.py invariants.py conversations.py tower.py signals.py)
 # test processes; each loads torch once
 JOBS ?= 2
@@ -46,7 +47,9 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-oldest: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .oldest $(OLDEST)
+	rm -rf .oldest
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .oldest '$(OLDEST_HUB)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .oldest --no-deps '$(OLDEST)'
 	PYTHONPATH=.oldest $(BIN)/python -c "import transformers as t; assert t.__version__.startswith('5.16'), t"
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -n $(JOBS) $(CONTRACT) $(ARGS)
 

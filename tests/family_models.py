@@ -152,6 +152,29 @@ def _weights(name: str) -> dict[str, Tensor]:
 
 
 @case
+class Llava(Case):
+    """All images have 4 x 4 patches; `sizes` are not read."""
+
+    name, model_class = "llava", "LlavaForConditionalGeneration"
+    sizes = (None, None, None)
+
+    def config(self) -> Any:
+        return transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**{**CLIP, "num_hidden_layers": 7}).to_dict(),
+            text_config=transformers.LlamaConfig(**TEXT).to_dict(),
+            image_token_id=IMAGE,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            image_seq_length=16,
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        if not media:
+            return {}, []
+        return {"pixel_values": torch.stack([noise(3, 32, 32, seed=seed) for _, _, seed in media])}, [16] * len(media)
+
+
+@case
 class LlavaNext(Case):
     """Sizes are (height, width) in pixels; 4 x 4 patches a crop."""
 

@@ -1,7 +1,11 @@
-"""DESIGN invariants for every family beside LLaVA, on tiny random models of the real classes."""
+"""DESIGN invariants for every family, on tiny random models of the real classes.
+
+`pytest tests/test_families.py tests/test_family_pixels.py --family-table docs/families.md` writes what passed.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -139,7 +143,7 @@ def test_images_that_the_host_puts_into_the_wrong_order_are_refused() -> None:
 @torch.no_grad()
 def test_videos_equal_masked_oracle(case: Case, method: str) -> None:
     if not case.videos:
-        pytest.skip(f"{case.name} takes no videos of their own kind")
+        pytest.skip("no videos of their own kind")
     rows = (
         Row((("video", case.videos[0]),), 3, 5, 0),
         Row((("image", case.sizes[0]) if case.mixes else ("video", case.videos[1]),), 1, 3, 4),
@@ -157,6 +161,20 @@ def test_videos_equal_masked_oracle(case: Case, method: str) -> None:
 
 
 @torch.no_grad()
+def test_cuts_in_the_tower_run_or_are_refused(case: Case, record_property: Any) -> None:
+    model, inputs = case.model(), case.batch(*one(case))
+    if vtprune.geometry(model).vision is None:
+        with pytest.raises(vtprune.UnsupportedModelError, match="offers no tower block before its features") as refused:
+            vtprune.prune(model, "flowcut", 0.5)
+        record_property("refusal", str(refused.value))
+        return
+    with vtprune.prune(model, "flowcut", 0.5) as session:
+        model(**inputs)
+    assert session.report.kept[0].site.kind == "vision"
+    assert session.report.vision_flops < session.report.vision_flops_full
+
+
+@torch.no_grad()
 def test_remove_leaves_nothing(case: Case) -> None:
     model, inputs = case.model(), case.batch(*one(case))
     base = model(**inputs).logits
@@ -167,6 +185,25 @@ def test_remove_leaves_nothing(case: Case) -> None:
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert {name: id(m.config) for name, m in model.named_modules() if hasattr(m, "config")} == configs
     assert torch.equal(model(**inputs).logits, base)
+
+
+@torch.no_grad()
+def test_remove_gives_back_a_method_that_the_user_had_replaced() -> None:
+    case = CASES["qwen2_vl"]
+    model, inputs = case.model(), case.batch(*one(case))
+    calls = []
+    encode = model.model.get_image_features
+
+    @functools.wraps(encode)
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return encode(*args, **kwargs)
+
+    model.model.get_image_features = mine
+    with vtprune.prune(model, "uniform", 0.5):
+        model.generate(**inputs, max_new_tokens=1)
+    assert model.model.get_image_features is mine
+    assert len(calls) == 1
 
 
 def test_gradients_flow_and_equal_the_oracle(case: Case) -> None:

@@ -30,6 +30,7 @@ def processor(name: str) -> Any:
     }
     qwen = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 4096}
     made = {
+        "llava": lambda: transformers.CLIPImageProcessor(size=tile, crop_size=tile),
         "llava_next": lambda: transformers.LlavaNextImageProcessor(**{**crops, "size": {"shortest_edge": 32}}),
         "llava_next_video": lambda: transformers.LlavaNextImageProcessor(**{**crops, "size": {"shortest_edge": 32}}),
         "llava_onevision": lambda: transformers.LlavaOnevisionImageProcessor(**crops),
@@ -75,7 +76,7 @@ def features(model: Any, inputs: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("name", sorted(CASES))
 @torch.no_grad()
 def test_a_spot_changes_the_tokens_over_it(name: str, spot: tuple[float, float]) -> None:
-    width, height = (64, 32) if name not in ("internvl", "idefics3", "smolvlm") else (32, 32)
+    width, height = (64, 32) if name not in ("llava", "internvl", "idefics3", "smolvlm") else (32, 32)
     centre = (int(spot[0] * width), int(spot[1] * height))
     ground = np.full((height, width, 3), 60, np.uint8)
     painted = ground.copy()

@@ -6,7 +6,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Prefill:
         self.last: Any = None
         self._model, self._inputs = model, inputs
 
+        @wraps(features)
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = timer()
             result = features(*args, **kwargs)

@@ -25,16 +25,19 @@ def remember_grids(root: nn.Module, family: Family) -> Callable[[], None]:
     Returns:
         what takes the effect back.
     """
-    names = []
-    for modality in family.modalities():
+    before: dict[str, Any] = {}
+    for modality in family.modalities() if family.images_differ else ():
         name = f"get_{modality.name}_features"
+        before[name] = vars(root).get(name)
         setattr(root, name, _watched(getattr(root, name), modality, family))
-        names.append(name)
 
     def undo() -> None:
-        for name in names:
-            # the method of the class shows again
-            vars(root).pop(name, None)
+        for name, method in before.items():
+            if method is None:
+                # the method of the class shows again
+                del vars(root)[name]
+            else:
+                setattr(root, name, method)
 
     return undo
 

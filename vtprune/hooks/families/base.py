@@ -88,10 +88,17 @@ class Prompt:
 
 
 class Family(ABC):
-    """Facts about one architecture family. Built for one model; raises if the model is a variant it refuses."""
+    """Facts about one architecture family. Built for one model; raises if the model is a variant it refuses.
+
+    Attributes:
+        name: registry key.
+        summary: one line for listings.
+        images_differ: images have grids of their own sizes, which encoded features alone do not tell.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    images_differ: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

@@ -29,6 +29,7 @@ class InternVL(Family):
 
     name = "internvl"
     summary = "InternVLForConditionalGeneration (InternVL 2.5 / 3 / 3.5, pixel shuffle; a tile or frame is an image)"
+    images_differ = False
 
     @classmethod
     def matches(cls, config: Any) -> bool:

@@ -79,6 +79,7 @@ class Llava(Family):
 
     name = "llava"
     summary = "LlavaForConditionalGeneration (CLIP or SigLIP tower; Llama, Mistral or Qwen2 decoder)"
+    images_differ = False
 
     @classmethod
     def matches(cls, config: Any) -> bool:

@@ -20,19 +20,17 @@ Region = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """A block of visual tokens that lie side by side on an image: `rows` x `cols` tokens, row-major, one a cell.
+    """A block of visual tokens that covers a whole image or frame: `rows` x `cols` tokens, row-major, one a cell.
 
     Attributes:
         rows, cols: tokens, newline tokens included.
         frame: index of the (first) video frame, None in a still image.
-        region: (left, top, right, bottom) of the part of the image that the grid covers, as fractions of its size.
         newline: the last column holds tokens that end a row and cover no pixels.
     """
 
     rows: int
     cols: int
     frame: int | None = None
-    region: Region = (0.0, 0.0, 1.0, 1.0)
     newline: bool = False
 
     @property
@@ -117,7 +115,5 @@ class Layout:
         across = grid.cols - int(grid.newline)
         if col >= across:
             return None
-        left, top, right, bottom = grid.region
-        wide, high = (right - left) / across, (bottom - top) / grid.rows
-        part = (left + col * wide, top + row * high, left + (col + 1) * wide, top + (row + 1) * high)
+        part = (col / across, row / grid.rows, (col + 1) / across, (row + 1) / grid.rows)
         return self.images[sample][number], grid.frame, part

@@ -93,17 +93,19 @@ class Family(ABC):
     Attributes:
         name: registry key.
         summary: one line for listings.
+        model_types: `config.model_type` of the models it serves.
         images_differ: images have grids of their own sizes, which encoded features alone do not tell.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
     images_differ: ClassVar[bool] = True
 
     @classmethod
-    @abstractmethod
     def matches(cls, config: Any) -> bool:
         """True if this family serves models with this config."""
+        return getattr(config, "model_type", None) in cls.model_types
 
     @classmethod
     @abstractmethod

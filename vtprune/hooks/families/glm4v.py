@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vtprune.hooks.families.base import FAMILIES, Modality
 from vtprune.hooks.families.qwen2_vl import Qwen2VL
 
@@ -13,12 +11,8 @@ class Glm4v(Qwen2VL):
     """`Glm4vForConditionalGeneration`. The host tells images from videos by what the call carries: never both."""
 
     name = "glm4v"
+    model_types = ("glm4v",)
     summary = "Glm4vForConditionalGeneration (dynamic resolution, M-RoPE, video)"
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) == "glm4v"
 
     def modalities(self) -> tuple[Modality, ...]:
         """See `Family.modalities`."""

@@ -24,12 +24,8 @@ class Idefics3(Family):
     """
 
     name = "idefics3"
+    model_types = ("idefics3", "smolvlm")
     summary = "Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration (a crop or frame is an image)"
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) in ("idefics3", "smolvlm")
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:

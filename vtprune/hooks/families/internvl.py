@@ -28,13 +28,9 @@ class InternVL(Family):
     """
 
     name = "internvl"
+    model_types = ("internvl",)
     summary = "InternVLForConditionalGeneration (InternVL 2.5 / 3 / 3.5, pixel shuffle; a tile or frame is an image)"
     images_differ = False
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) == "internvl"
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:

@@ -78,13 +78,9 @@ class Llava(Family):
     """`LlavaForConditionalGeneration`, one grid of patches an image, one placeholder a patch."""
 
     name = "llava"
+    model_types = ("llava",)
     summary = "LlavaForConditionalGeneration (CLIP or SigLIP tower; Llama, Mistral or Qwen2 decoder)"
     images_differ = False
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) == "llava"
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:

@@ -52,12 +52,8 @@ class LlavaNext(Family):
     """
 
     name = "llava_next"
+    model_types = ("llava_next",)
     summary = "LlavaNextForConditionalGeneration (any-resolution crops, newline tokens)"
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) == "llava_next"
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:

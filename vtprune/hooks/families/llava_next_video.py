@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,12 +18,9 @@ class LlavaNextVideo(LlavaNext):
     """`LlavaNextVideoForConditionalGeneration`: a pooled grid a frame, no newline tokens in videos."""
 
     name = "llava_next_video"
+    model_types = ("llava_next_video",)
     summary = "LlavaNextVideoForConditionalGeneration (crops, newline tokens, video)"
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) == "llava_next_video"
+    video_end: ClassVar[Grids] = ()  # behind the last frame of a video
 
     def modalities(self) -> tuple[Modality, ...]:
         """See `Family.modalities`."""
@@ -38,15 +35,16 @@ class LlavaNextVideo(LlavaNext):
         return [self._video(frames)] * videos
 
     def grids_of_features(self, features: Any) -> list[Grids]:
-        """See `Family.grids_of_features`; videos come as one tensor [videos, frames x tokens, D]."""
+        """See `Family.grids_of_features`; videos come as one tensor [videos, frames x tokens and the end, D]."""
         if isinstance(features, Tensor):
-            return [self._video(features.shape[1] // self._frame_side**2)] * len(features)
+            return [self._video(features.shape[1] // self.frame_side() ** 2)] * len(features)
         return super().grids_of_features(features)
 
-    @property
-    def _frame_side(self) -> int:
+    def frame_side(self) -> int:
+        """Tokens along one side of a pooled frame."""
         vision = self.config.vision_config
         return vision.image_size // vision.patch_size // self.config.spatial_pool_stride
 
     def _video(self, frames: int) -> Grids:
-        return tuple(ImageGrid(self._frame_side, self._frame_side, frame=frame) for frame in range(frames))
+        side = self.frame_side()
+        return (*(ImageGrid(side, side, frame=frame) for frame in range(frames)), *self.video_end)

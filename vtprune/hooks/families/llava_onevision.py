@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from vtprune.budget import Geometry
 from vtprune.errors import InputError
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, decoder_geometry
+from vtprune.hooks.families.base import FAMILIES, Grids, Modality, decoder_geometry
 from vtprune.hooks.families.llava import check_feature_layer, clip_vision
 from vtprune.hooks.families.llava_next import crop_rows_and_cols, image_sizes
+from vtprune.hooks.families.llava_next_video import LlavaNextVideo
 from vtprune.layout import ImageGrid
 
 _NEWLINE = ImageGrid(1, 1, newline=True)
@@ -27,19 +26,16 @@ def _shrunk(config: Any, size: tuple[int, int], ratio: str) -> tuple[int, int]:
 
 
 @FAMILIES.register("llava_onevision")
-class LlavaOnevision(Family):
+class LlavaOnevision(LlavaNextVideo):
     """`LlavaOnevisionForConditionalGeneration`.
 
     A newline token counts as a visual token and may be dropped like one; it covers no pixels.
     """
 
     name = "llava_onevision"
+    model_types = ("llava_onevision",)
     summary = "LlavaOnevisionForConditionalGeneration (crops, several images, video)"
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) == "llava_onevision"
+    video_end = (_NEWLINE,)
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
@@ -49,16 +45,11 @@ class LlavaOnevision(Family):
         rows, cols = _shrunk(config, size, config.vision_aspect_ratio)
         return decoder_geometry(cls.name, config.text_config, vision.patches + rows * (cols + 1), dynamic=True)
 
-    def modalities(self) -> tuple[Modality, ...]:
-        """See `Family.modalities`."""
-        return (*super().modalities(), Modality("video", self.config.video_token_id, "pixel_values_videos"))
-
     def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
         """See `Family.grids`."""
-        check_feature_layer(self.config, arguments)
         if modality.name == "video":
-            videos, frames = arguments[modality.pixels].shape[:2]
-            return [self._video(frames)] * videos
+            return super().grids(modality, arguments)
+        check_feature_layer(self.config, arguments)
         sizes = image_sizes(arguments)
         together = arguments.get("batch_num_images")
         alone = [True] * len(sizes) if together is None else [n == 1 for n in together.tolist() for _ in range(n)]
@@ -66,12 +57,6 @@ class LlavaOnevision(Family):
             raise InputError(f"batch_num_images counts {len(alone)} images, but the call carries {len(sizes)}.")
         ratio = arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
         return [self._image(size, whole, ratio) for size, whole in zip(sizes, alone, strict=True)]
-
-    def grids_of_features(self, features: Any) -> list[Grids]:
-        """See `Family.grids_of_features`; videos come as one tensor [videos, frames x tokens + newline, D]."""
-        if isinstance(features, Tensor):
-            return [self._video(features.shape[1] // self._frame_side**2)] * len(features)
-        return super().grids_of_features(features)
 
     @property
     def _side(self) -> int:
@@ -84,10 +69,6 @@ class LlavaOnevision(Family):
         rows, cols = _shrunk(self.config, size, ratio)
         return whole, ImageGrid(rows, cols + 1, newline=True)
 
-    @property
-    def _frame_side(self) -> int:
+    def frame_side(self) -> int:
+        """See `LlavaNextVideo.frame_side`."""
         return math.ceil(self._side / 2)
-
-    def _video(self, frames: int) -> Grids:
-        side = self._frame_side
-        return (*(ImageGrid(side, side, frame=frame) for frame in range(frames)), _NEWLINE)

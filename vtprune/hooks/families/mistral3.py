@@ -20,12 +20,8 @@ class Mistral3(Family):
     """`Mistral3ForConditionalGeneration`: one grid an image. The row-break tokens between its rows are text."""
 
     name = "mistral3"
+    model_types = ("mistral3",)
     summary = "Mistral3ForConditionalGeneration (Pixtral tower, dynamic resolution)"
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) == "mistral3"
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:

@@ -24,12 +24,8 @@ class Qwen2VL(Family):
     """
 
     name = "qwen2_vl"
+    model_types = ("qwen2_vl", "qwen2_5_vl")
     summary = "Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration (dynamic resolution, M-RoPE, video)"
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) in ("qwen2_vl", "qwen2_5_vl")
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:

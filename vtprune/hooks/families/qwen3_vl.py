@@ -15,12 +15,8 @@ class Qwen3VL(Qwen2VL):
     """`Qwen3VLForConditionalGeneration`."""
 
     name = "qwen3_vl"
+    model_types = ("qwen3_vl",)
     summary = "Qwen3VLForConditionalGeneration (DeepStack, dynamic resolution, M-RoPE, video)"
-
-    @classmethod
-    def matches(cls, config: Any) -> bool:
-        """See `Family.matches`."""
-        return getattr(config, "model_type", None) == "qwen3_vl"
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:

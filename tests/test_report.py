@@ -83,3 +83,13 @@ def test_methods_and_families_are_listed_with_one_line() -> None:
         assert "\n" not in summary
     with pytest.raises(AttributeError, match="no attribute 'Fastv'"):
         _ = vtprune.Fastv
+
+
+def test_newline_tokens_cover_no_pixels_and_frames_are_told_apart() -> None:
+    ids = torch.full((1, 8), 99)
+    grids = (ImageGrid(2, 3, newline=True), ImageGrid(1, 2, frame=4))
+    layout = Layout.from_images(ids == 99, ids == 99, [[grids]])
+    assert layout.box(0, 0) == (0, None, (0.0, 0.0, 0.5, 0.5))
+    assert layout.box(0, 2) is None
+    assert layout.box(0, 5) is None
+    assert layout.box(0, 7) == (0, 4, (0.5, 0.0, 1.0, 1.0))

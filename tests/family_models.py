@@ -175,6 +175,32 @@ class Llava(Case):
 
 
 @case
+class VideoLlava(Llava):
+    """Images as in LLaVA; videos are a number of frames, each CLS and 4 x 4 patches."""
+
+    name, model_class = "video_llava", "VideoLlavaForConditionalGeneration"
+    videos = (3, 2)
+
+    def config(self) -> Any:
+        return transformers.VideoLlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**CLIP).to_dict(),
+            text_config=transformers.LlamaConfig(**TEXT).to_dict(),
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        inputs, _ = super().encode([m for m in media if m[0] == "image"], rows)
+        inputs = {f"{name}_images": pixels for name, pixels in inputs.items()}  # as the processor names them
+        films = [noise(m[1], 3, 32, 32, seed=m[2]) for m in media if m[0] == "video"]
+        if films:
+            inputs["pixel_values_videos"] = torch.stack(films)
+        return inputs, [16 if kind == "image" else 17 * size for kind, size, _ in media]
+
+
+@case
 class LlavaNext(Case):
     """Sizes are (height, width) in pixels; 4 x 4 patches a crop."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from family_models import CASES, IMAGE
+from family_models import CASES, IMAGE, VIDEO
 from PIL import Image
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ def processor(name: str) -> Any:
     qwen = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 4096}
     made = {
         "llava": lambda: transformers.CLIPImageProcessor(size=tile, crop_size=tile),
+        "video_llava": lambda: transformers.VideoLlavaImageProcessor(size={"shortest_edge": 32}, crop_size=tile),
         "llava_next": lambda: transformers.LlavaNextImageProcessor(**{**crops, "size": {"shortest_edge": 32}}),
         "llava_next_video": lambda: transformers.LlavaNextImageProcessor(**{**crops, "size": {"shortest_edge": 32}}),
         "llava_onevision": lambda: transformers.LlavaOnevisionImageProcessor(**crops),
@@ -67,7 +68,8 @@ def silenced(name: str) -> Any:
 
 def features(model: Any, inputs: dict[str, Any]) -> Tensor:
     """[tokens, D] of the one picture in `inputs`."""
-    accepted = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
+    names = ("pixel_values", "pixel_values_images", "image_sizes", "image_grid_thw")
+    accepted = {k: v for k, v in inputs.items() if k in names}
     output = model.model.get_image_features(**accepted).pooler_output
     return output[0] if len(output) == 1 else torch.cat(list(output))
 
@@ -76,7 +78,7 @@ def features(model: Any, inputs: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("name", sorted(CASES))
 @torch.no_grad()
 def test_a_spot_changes_the_tokens_over_it(name: str, spot: tuple[float, float]) -> None:
-    width, height = (64, 32) if name not in ("llava", "internvl", "idefics3", "smolvlm") else (32, 32)
+    width, height = (64, 32) if name not in ("llava", "video_llava", "internvl", "idefics3", "smolvlm") else (32, 32)
     centre = (int(spot[0] * width), int(spot[1] * height))
     ground = np.full((height, width, 3), 60, np.uint8)
     painted = ground.copy()
@@ -111,3 +113,27 @@ def test_a_spot_changes_the_tokens_over_it(name: str, spot: tuple[float, float])
     pixel = (1.5 / width, 1.5 / height)
     assert left - pixel[0] <= centre[0] / width <= right + pixel[0]
     assert top - pixel[1] <= centre[1] / height <= bottom + pixel[1]
+
+
+@pytest.mark.parametrize("frame", [0, 2])
+@pytest.mark.parametrize("name", ["video_llava", "llava_onevision", "llava_next_video"])
+@torch.no_grad()
+def test_a_spot_changes_the_tokens_of_its_frame(name: str, frame: int) -> None:
+    model, films = silenced(name), torch.zeros(1, 3, 3, 32, 32)
+    painted = films.clone()
+    painted[0, frame, :, 9:11, 25:27] = 3.0
+    plain, other = (model.model.get_video_features(f).pooler_output for f in (films, painted))
+    # a tensor or a tuple of tensors, one a video or a frame
+    changes = [(a - b).reshape(-1, a.shape[-1]) for a, b in zip(plain, other, strict=True)]
+    lit = torch.cat(changes).abs().amax(-1) > 1e-5
+
+    family = family_of(model.config)(model)
+    grids = family.grids(family.modalities()[1], {"pixel_values_videos": films})
+    ids = torch.full((1, len(lit)), VIDEO)
+    layout = Layout.from_images(ids == VIDEO, ids == VIDEO, [grids])
+    assert lit.any()
+    for token, changed in enumerate(lit.tolist()):
+        box = layout.box(0, token)
+        inside = box is not None and box[1] == frame and box[2][0] <= 26 / 32 < box[2][2]
+        inside = inside and box[2][1] <= 10 / 32 < box[2][3]
+        assert changed == inside, (token, box)

@@ -25,7 +25,7 @@ class ImageGrid:
     Attributes:
         rows, cols: tokens, newline tokens included.
         frame: index of the (first) video frame, None in a still image.
-        newline: the last column holds tokens that end a row and cover no pixels.
+        newline: the last column holds tokens that cover no pixels: row ends, a frame's CLS token.
     """
 
     rows: int
@@ -103,7 +103,7 @@ class Layout:
         )
 
     def box(self, sample: int, token: int) -> tuple[int, int | None, Region] | None:
-        """Which part of which image a visual token covers; None for a newline token, which covers none.
+        """Which part of which image a visual token covers; None for a token that covers none.
 
         Returns:
             (image, frame, (left, top, right, bottom)): index of the image in the sample, of its video frame (None in a

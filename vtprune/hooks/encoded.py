@@ -49,13 +49,12 @@ def _watched(encode: Callable[..., Any], modality: Modality, family: Family) -> 
     @functools.wraps(encode)
     def watched(*args: Any, **kwargs: Any) -> Any:
         output = encode(*args, **kwargs)
-        features = getattr(output, "pooler_output", None)
-        if isinstance(features, (list, tuple)):
+        if getattr(output, "pooler_output", None) is not None:
             arguments = signature.bind(*args, **kwargs).arguments
             # some releases name the pixels of videos as those of images: they come first all the same
             arguments.setdefault(modality.pixels, next(iter(arguments.values()), None))
             arguments.update(arguments.pop("kwargs", {}))
-            family.remember(features, family.grids(modality, arguments))
+            family.remember(modality, output, arguments)
         return output
 
     return watched

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -159,10 +159,12 @@ class Family(ABC):
             InputError: if the arguments ask for a variant that pruning was not planned on, or sizes are missing.
         """
 
-    def remember(self, features: Sequence[Tensor], grids: Sequence[Grids]) -> None:
-        """Note which grids the features of each image have."""
-        for feature, mine in zip(features, grids, strict=True):
-            self._book[feature] = mine
+    def remember(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> None:
+        """Note which grids the features have that `get_image_features(**arguments)` returned, if they do not tell."""
+        features = output.pooler_output
+        if isinstance(features, (list, tuple)):
+            for feature, mine in zip(features, self.grids(modality, arguments), strict=True):
+                self._book[feature] = mine
 
     def grids_of_features(self, features: Any) -> list[Grids]:
         """The grids of each image of a call that carries features which `generate` has encoded.

@@ -22,7 +22,8 @@ A refusal is what `prune()` says before anything runs.
 * masked oracle, decode: logits and 16 greedy steps equal those of the unpruned model in which the dropped tokens are
   hidden, for a lone prompt and a ragged batch; hiding other tokens does not.
 * ragged batch: prompts with none, one and two images of different sizes give what each gives alone.
-* multi-turn: a text turn and, without M-RoPE, a turn with a new image over one cache.
+* multi-turn: a text turn and a turn with a new image over one cache; under M-RoPE the latter passes `position_ids`,
+  because `generate` alone cannot place it.
 * pixels: a spot on a picture changes the features of the tokens that the layout puts there, through the real image
   processor.
 * tower: cuts inside the vision tower.

@@ -226,33 +226,41 @@ def test_gradients_flow_and_equal_the_oracle(case: Case) -> None:
     torch.testing.assert_close(got, model.get_parameter(weight).grad, atol=1e-4, rtol=1e-4)
 
 
-def converse(case: Case, model: Any, turns: list[dict[str, Any]], session: Any = None) -> tuple[Tensor, list[Any]]:
-    """Several turns over one cache. Returns all ids, and the report of every turn that brought an image."""
-    cache, ids, mask, reports = transformers.DynamicCache(config=model.config.text_config), None, None, []
+def converse(
+    case: Case, model: Any, turns: list[dict[str, Any]], session: Any = None, *, encode: bool = False
+) -> tuple[Tensor, list[Any]]:
+    """Several turns over one cache. Returns all ids, and the report of every turn that brought an image.
+
+    Under M-RoPE `generate` counts positions from the grids of all images, but encodes the pixels of this turn with the
+    same grids, so that a new image needs positions of one's own or features encoded by hand (`encode`).
+    """
+    cache, ids, reports, grids = transformers.DynamicCache(config=model.config.text_config), None, [], []
     for turn in turns:
         ids = turn["input_ids"] if ids is None else torch.cat([ids, turn["input_ids"]], 1)
-        mask = torch.ones_like(ids)
         pictures = {k: v for k, v in turn.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
-        inputs = {"input_ids": ids, "attention_mask": mask, **case.extra(ids), **pictures}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **case.extra(ids), **pictures}
+        grids += [turn["image_grid_thw"]] if "image_grid_thw" in turn else []
+        if pictures and len(grids) > 1 and encode:
+            features = model.model.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_thw"])
+            inputs |= {"image_grid_thw": torch.cat(grids), "mm_encoder_outputs": {"image": features}}
+        elif pictures and len(grids) > 1:
+            inputs["position_ids"] = model.model.get_rope_index(
+                ids, image_grid_thw=torch.cat(grids), **case.extra(ids)
+            )[0]  # fmt: skip
         ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=5, do_sample=False)
         if session is not None and pictures:
             reports.append(session.report)
     return ids, reports
 
 
-@pytest.mark.parametrize("method", ["uniform", "fastv"])
-@torch.no_grad()
-def test_turns_over_one_cache_equal_masked_oracle(case: Case, method: str) -> None:
-    """Turn 2 is text; turn 3 brings a new image where the host can place one in a running conversation."""
+def turns_equal_masked_oracle(case: Case, method: str, **how: Any) -> None:
+    """Turn 2 is text, turn 3 brings a new image."""
     model = case.model()
     text = {"input_ids": torch.randint(3, 90, (1, 4), generator=torch.Generator().manual_seed(5))}
-    turns = [case.batch(*one(case)), text]
-    # M-RoPE: generate() counts positions from the grids of all images, but encodes those of the new one alone
-    if vtprune.geometry(model).rotary_axes == 1:
-        turns.append(case.batch(Row((("image", case.sizes[1]),), 2, 3, 20)))
+    turns = [case.batch(*one(case)), text, case.batch(Row((("image", case.sizes[1]),), 2, 3, 20))]
     with vtprune.prune(model, method, 0.5) as session:
-        out, reports = converse(case, model, turns, session)
-    assert len(reports) == len(turns) - 1
+        out, reports = converse(case, model, turns, session, **how)
+    assert len(reports) == 2
     hidden = [torch.zeros_like(out, dtype=torch.bool) for _ in range(LAYERS)]
     places = case.visual(out)[0].nonzero()[:, 0].split([r.visual_tokens[0] for r in reports])
     for report, positions in zip(reports, places, strict=True):
@@ -261,7 +269,20 @@ def test_turns_over_one_cache_equal_masked_oracle(case: Case, method: str) -> No
         for layer, gone in enumerate(hidden_keys(report, out, LAYERS, here)):
             hidden[layer] |= gone
     with masked(model, hidden):
-        assert torch.equal(out, converse(case, model, turns)[0])
+        assert torch.equal(out, converse(case, model, turns, **how)[0])
+
+
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+@torch.no_grad()
+def test_turns_over_one_cache_equal_masked_oracle(case: Case, method: str) -> None:
+    turns_equal_masked_oracle(case, method)
+
+
+@pytest.mark.skipif(not HOST_ENCODES_FIRST, reason="this transformers takes no encoded features")
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+@torch.no_grad()
+def test_turns_with_features_encoded_by_hand_equal_masked_oracle(method: str) -> None:
+    turns_equal_masked_oracle(CASES["qwen2_vl"], method, encode=True)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_next_video", "mistral3"])

@@ -20,7 +20,7 @@ from vtprune.hooks.cache import CacheRecord, Group, physical_length
 from vtprune.hooks.families.base import Parts
 from vtprune.kernels.keep_tokens import keep_tokens
 
-__all__ = ["GroupInputs", "Step", "check_per_token", "keep_angles"]
+__all__ = ["GroupInputs", "Step", "check_per_token", "keep_angles", "token_positions"]
 
 _KNOWN = frozenset(
     {"attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache", "inputs_embeds",
@@ -41,6 +41,30 @@ def check_per_token(arguments: dict[str, Any], length: int, where: str) -> None:
                 f"vtprune does not know. Known per-token arguments: {', '.join(sorted(_KNOWN))}. Please report it with "
                 "your transformers version."
             )
+
+
+def token_positions(position: Tensor | None, past: int, embeds: Tensor) -> Tensor:
+    """[..., B, N] position ids of a call's own tokens; M-RoPE has an axis in front.
+
+    Args:
+        position: what the host passes on, or None.
+        past: logical positions before this call.
+        embeds: [B, N, D] the tokens.
+
+    Raises:
+        InputError: if there is not one position a token.
+    """
+    batch, length = embeds.shape[:2]
+    if position is None:
+        position = torch.arange(past, past + length, device=embeds.device)[None]
+    if position.shape[-1] != length:
+        # what M-RoPE models of transformers 5.16 to 5.23 make of a cache, a 2-D mask and no position_ids
+        raise InputError(
+            f"position_ids hold {position.shape[-1]} positions for the {length} token(s) of this call; pass one each. "
+            "If you passed none, the model counted them from attention_mask: pass position_ids, or leave the "
+            "mask out where nothing is padded."
+        )
+    return position.expand(*position.shape[:-2], batch, -1)
 
 
 def keep_angles(angles: Tensor, index: Tensor) -> Tensor:
@@ -85,12 +109,8 @@ class Step:
         embeds, cache = arguments["inputs_embeds"], arguments["past_key_values"]
         batch, length = embeds.shape[:2]
         first = self._record.groups[0]
-        logical = cache.get_seq_length()
         self._mask = arguments.get("attention_mask")
-        position = arguments.get("position_ids")
-        if position is None:
-            position = torch.arange(logical, logical + length, device=embeds.device)[None]
-        self._position = position.expand(*position.shape[:-2], batch, -1)
+        self._position = token_positions(arguments.get("position_ids"), int(cache.get_seq_length()), embeds)
         changed = dict(arguments)
         if first.columns is not None:
             physical = physical_length(cache, 0) + length

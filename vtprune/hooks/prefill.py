@@ -16,7 +16,7 @@ from vtprune.contract import AttentionView, Scorer
 from vtprune.errors import InputError
 from vtprune.hooks.alive import Alive, Cut, cut_counts, make_cut, observe_all
 from vtprune.hooks.cache import CacheRecord, Group, physical_length, record_of
-from vtprune.hooks.call import GroupInputs, check_per_token, keep_angles
+from vtprune.hooks.call import GroupInputs, check_per_token, keep_angles, token_positions
 from vtprune.hooks.families.base import Parts, Prompt
 from vtprune.hooks.rows import Rows
 from vtprune.kernels.keep_tokens import keep_tokens
@@ -67,11 +67,7 @@ class Prefill:
         hidden, cache = arguments["inputs_embeds"], arguments.get("past_key_values")
         self._cache, self._old = cache, record_of(cache)
         self.past = 0 if cache is None else int(cache.get_seq_length())
-        position = arguments.get("position_ids")
-        if position is None:
-            position = torch.arange(self.past, self.past + self.length, device=hidden.device)[None]
-        # M-RoPE has an axis in front: [axes, B, N]
-        self._position = position.expand(*position.shape[:-2], self.batch, -1)
+        self._position = token_positions(arguments.get("position_ids"), self.past, hidden)
         mask = arguments.get("attention_mask")
         self._mask = None if mask is None else mask.bool()
         self._boundaries = {s.site.index for s in self.stages if s.site.kind == "layer"}

@@ -65,6 +65,7 @@ class Case(ABC):
     videos: ClassVar[tuple[Any, ...]] = ()
     mixes: ClassVar[bool] = True  # images and videos may come in one call
     beams_keep_order: ClassVar[bool] = HOST_KEEPS_BEAM_ORDER
+    turns: ClassVar[bool] = True  # the host itself can go on over a cache
 
     @abstractmethod
     def config(self) -> Any:
@@ -601,3 +602,72 @@ class Qwen3VL(_Timestamps):
             vision_start_token_id=96,
             vision_end_token_id=97,
         )
+
+
+SIGLIP = {**CLIP, "patch_size": 4, "num_hidden_layers": 2}
+# shorter than every prompt, so that it matters; the oldest transformers wants a sliding layer first
+WINDOW = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@case
+class Gemma3(Case):
+    """All images have 8 x 8 patches pooled to 4 x 4; `sizes` are not read."""
+
+    name, model_class = "gemma3", "Gemma3ForConditionalGeneration"
+    sizes = (None, None, None)
+    turns = HOST >= (5, 17)  # before, masks of sliding layers had the size of full ones
+
+    def config(self) -> Any:
+        return transformers.Gemma3Config(
+            vision_config=transformers.SiglipVisionConfig(**SIGLIP).to_dict(),
+            text_config=transformers.Gemma3TextConfig(
+                **TEXT, **WINDOW, head_dim=16, query_pre_attn_scalar=16
+            ).to_dict(),
+            image_token_id=IMAGE,
+            mm_tokens_per_image=16,
+        )
+
+    def encode(self, media: list[tuple[str, Any, int]], rows: list[int]) -> tuple[dict[str, Any], list[int]]:
+        if not media:
+            return {}, []
+        return {"pixel_values": torch.stack([noise(3, 32, 32, seed=seed) for _, _, seed in media])}, [16] * len(media)
+
+    def extra(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"token_type_ids": (ids == IMAGE).long()}
+
+
+@case
+class PaliGemma(Gemma3):
+    """4 x 4 patches; the whole prompt is of type 0."""
+
+    name, model_class = "paligemma", "PaliGemmaForConditionalGeneration"
+    turns = True
+
+    def text(self) -> Any:
+        return transformers.GemmaConfig(**TEXT, head_dim=16)
+
+    def config(self) -> Any:
+        return transformers.PaliGemmaConfig(
+            vision_config=transformers.SiglipVisionConfig(**{**SIGLIP, "patch_size": 8}).to_dict(),
+            text_config=self.text().to_dict(),
+            image_token_id=IMAGE,
+            projection_dim=TEXT["hidden_size"],
+        )
+
+    def extra(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"token_type_ids": torch.zeros_like(ids)}
+
+
+@case
+class PaliGemma2(PaliGemma):
+    """Gemma 2: sliding layers, soft-capped logits; eager attention only."""
+
+    name = "paligemma2"
+
+    def text(self) -> Any:
+        return transformers.Gemma2Config(
+            **TEXT, **WINDOW, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=1.0
+        )
+
+    def model(self, attention: str = "sdpa") -> Any:
+        return super().model("eager")

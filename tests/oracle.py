@@ -52,11 +52,14 @@ def masked(model: nn.Module, hidden: list[Tensor], features: Tensor | None = Non
             see[:, : gone.shape[1]] = ~gone[:, :keys]
             mask = kwargs.get("attention_mask")
             if mask is None:
-                full = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
-                full = full.expand(rows, 1, -1, -1)
+                full = torch.ones(queries, keys, dtype=torch.bool)
+                if getattr(module.self_attn, "is_causal", True):
+                    full = full.tril(keys - queries)
+                full = full[None, None].expand(rows, 1, -1, -1)
             else:
                 full = mask if mask.dtype == torch.bool else mask == 0
-            full = full & see[:, None, None]
+            # a sliding cache has forgotten the first keys
+            full = full & see[:, None, None, -full.shape[-1] :]
             full = full | ~full.any(-1, keepdim=True)  # rows of hidden or padded queries must stay finite
             if model.config.text_config._attn_implementation == "eager":
                 full = torch.zeros(full.shape).masked_fill(~full, torch.finfo(torch.float32).min)

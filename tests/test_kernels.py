@@ -120,11 +120,16 @@ def attention_inputs(batch: int, length: int, rows: int, dtype: torch.dtype, hea
 
 @pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES])
 @pytest.mark.parametrize(("length", "rows"), [(1, 1), (63, 3), (577, 1)])
-def test_attention_rows_equals_reference_and_plain_softmax(length: int, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_attention_rows_equals_reference_and_plain_softmax(
+    softcap: float | None, length: int, rows: int, dtype: torch.dtype
+) -> None:
     query, key, real = attention_inputs(2, length, rows, dtype)
-    fast = attention_rows(query, key, 0.4, real=real)
-    slow = attention_rows(query, key, 0.4, real=real, impl="reference")
+    fast = attention_rows(query, key, 0.4, real=real, softcap=softcap)
+    slow = attention_rows(query, key, 0.4, real=real, softcap=softcap, impl="reference")
     logits = query.double() @ key.double().repeat_interleave(3, dim=1).transpose(2, 3) * 0.4
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
     plain = logits.masked_fill(~real[:, None, None], float("-inf")).softmax(-1).mean(1)
     assert fast.dtype == torch.float32
     # the sums are fp32 whatever the inputs are, so half precision inputs cost nothing here

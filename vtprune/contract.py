@@ -37,11 +37,13 @@ class AttentionView:
         query: [B, H, R, d] the rows asked for by `Scorer.queries`, after RoPE.
         key, value: [B, Hkv, N, d] all keys and values, after RoPE.
         scaling: factor of the logits, usually d ** -0.5.
-        real: [B, N] True where the key is not padding, or None if all are.
+        real: [B, N] True at keys that the query row sees (not at padding, nor outside its sliding window), or None if
+            it sees all.
         column: [B, V] where each alive visual token lies among the N keys.
         valid: [B, V] False at padding of the V axis.
         query_value: [B, Hkv, R, d] values at the query rows.
         has_cls: the query row is a tower's CLS token (else, in a tower, the mean of all real queries).
+        softcap: bound c of the logits, which the model takes as c tanh(logit / c), or None.
     """
 
     block: int
@@ -54,6 +56,7 @@ class AttentionView:
     valid: Tensor
     query_value: Tensor
     has_cls: bool
+    softcap: float | None = None
 
     def visual(self, states: Tensor) -> Tensor:
         """[B, Hkv, N, d] keys or values -> [B, Hkv, V, d] at the alive visual tokens."""

@@ -20,14 +20,14 @@ def prefill_flops(geometry: Geometry, lengths: Sequence[int], past: Sequence[int
     Args:
         geometry: the decoder's shape.
         lengths: tokens (text and visual) that enter each decoder layer.
-        past: keys that each layer's cache already holds, 0 if None.
+        past: positions that each layer's cache has seen before, 0 if None.
     """
     width = geometry.heads * geometry.head_dim
     kv_width = geometry.kv_heads * geometry.head_dim
     linear = 2 * geometry.hidden * width + 2 * geometry.hidden * kv_width + 3 * geometry.hidden * geometry.intermediate
     total = 0
     for layer, n in enumerate(lengths):
-        keys = n + (past[layer] if past is not None else 0)
+        keys = n + (_held(geometry, layer, past[layer]) if past is not None else 0)
         total += 2 * n * linear + 4 * n * keys * width
     return total
 
@@ -56,10 +56,17 @@ def kv_bytes(geometry: Geometry, lengths: Sequence[int], itemsize: int) -> int:
 
     Args:
         geometry: the decoder's shape.
-        lengths: positions that each decoder layer's cache holds.
+        lengths: positions that each decoder layer's cache has seen.
         itemsize: bytes of one element.
     """
-    return sum(2 * n * geometry.kv_heads * geometry.head_dim * itemsize for n in lengths)
+    each = 2 * geometry.kv_heads * geometry.head_dim * itemsize
+    return sum(each * _held(geometry, layer, n) for layer, n in enumerate(lengths))
+
+
+def _held(geometry: Geometry, layer: int, seen: int) -> int:
+    """Positions that a layer's cache keeps of those it has seen: all, or those that the next token's window reaches."""
+    window = geometry.windows[layer] if geometry.windows else None
+    return seen if window is None else min(seen, window - 1)
 
 
 def plan_cost(plan: Plan, geometry: Geometry, basis: Basis) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ def real_positions(prompt: Prompt) -> Tensor:
     visual, mask = prompt.visual, prompt.attention_mask
     if visual is None:
         raise InputError("this call has no image placeholders.")
-    if mask is None:
+    if mask is None or isinstance(mask, dict) or mask.ndim != 2:
         return torch.ones_like(visual)
     return mask[:, -visual.shape[1] :].bool()
 
@@ -35,9 +38,15 @@ def _vision(geometry: Geometry, run: TowerRun | None) -> tuple[int, int]:
     return run.images * vision_flops(geometry, run.lengths, patches), run.images * full
 
 
+def _cached(geometry: Geometry, cache: Any) -> Geometry:
+    """The geometry with the windows that the cache knows: one made without the model's config keeps every position."""
+    knows = cache is None or any(cache.is_sliding)
+    return geometry if knows else dataclasses.replace(geometry, windows=())
+
+
 def report_full(geometry: Geometry, prompt: Prompt, run: TowerRun | None, itemsize: int) -> Report:
     """Report of a prompt that was run unpruned."""
-    visual = prompt.visual
+    visual, geometry = prompt.visual, _cached(geometry, prompt.cache)
     if visual is None:
         raise InputError("this call has no prompt.")
     batch, length = visual.shape
@@ -62,6 +71,7 @@ def report_full(geometry: Geometry, prompt: Prompt, run: TowerRun | None, itemsi
 
 def report_pruned(geometry: Geometry, call: Prefill, run: TowerRun | None, itemsize: int) -> Report:
     """Report of a prefill that pruned."""
+    geometry = _cached(geometry, call.prompt.cache)
     record, layers = call.record(), range(geometry.layers)
 
     def width(layer: int) -> tuple[int, int, list[int]]:

@@ -39,12 +39,15 @@ class Group:
     dense: bool
 
     def columns_to(self, physical: int, logical: int, batch: int, device: torch.device) -> Tensor:
-        """[B, physical] columns including those that decode steps appended after `logical` prompt positions."""
+        """[B, physical] columns including those that decode steps appended after `logical` prompt positions.
+
+        Drafts that came with the prompt and were rejected are the last ones, and were taken out of the cache again.
+        """
         known = self.columns
         if known is None:
             known = torch.arange(self.length, device=device).expand(batch, -1)
-        extra = torch.arange(logical, logical + physical - self.length, device=device).expand(batch, -1)
-        return torch.cat([known.to(device), extra], 1)
+        extra = torch.arange(logical, logical + max(0, physical - self.length), device=device).expand(batch, -1)
+        return torch.cat([known.to(device)[:, :physical], extra], 1)
 
     def mask(self, mask: Tensor | None, physical: int, logical: int, batch: int, device: torch.device) -> Tensor | None:
         """[B, physical] 2-D attention mask of this group, or None if nothing needs masking.
@@ -61,7 +64,7 @@ class Group:
         real = columns >= 0
         if mask is None:
             return real
-        return mask.bool().gather(1, columns.clamp(min=0)) & real
+        return mask.to(device).bool().gather(1, columns.clamp(min=0)) & real
 
 
 @dataclass

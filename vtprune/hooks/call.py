@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from vtprune.errors import HostContractError, InputError
 from vtprune.hooks.cache import CacheRecord, Group, physical_length
-from vtprune.hooks.families.base import Parts
+from vtprune.hooks.families.base import Parts, Prompt
+from vtprune.hooks.masks import Masks
 from vtprune.kernels.keep_tokens import keep_tokens
 
-__all__ = ["GroupInputs", "Step", "check_per_token", "keep_angles", "token_positions"]
+__all__ = ["GroupInputs", "Step", "check_per_token", "keep_angles", "padding_mask", "token_positions"]
 
 _KNOWN = frozenset(
     {"attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache", "inputs_embeds",
@@ -74,6 +74,17 @@ def keep_angles(angles: Tensor, index: Tensor) -> Tensor:
     return keep_tokens([angles.expand(index.shape[0], -1, -1)], index)[0]
 
 
+def padding_mask(arguments: dict[str, Any], prompt: Prompt) -> Tensor | None:
+    """[B, L] the host's 2-D mask over logical positions, or None if nothing is padding.
+
+    Args:
+        arguments: of the text model, which some roots hand ready masks of more axes instead.
+        prompt: the call as its root got it.
+    """
+    mask = arguments.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else prompt.attention_mask
+
+
 @dataclass
 class GroupInputs:
     """What the layers of one group get instead of the host's tensors.
@@ -92,29 +103,31 @@ class GroupInputs:
 class Step:
     """A call that adds tokens to a pruned cache and drops none: decode steps, later text turns, assisted decoding."""
 
-    def __init__(self, parts: Parts, record: CacheRecord, batch: int) -> None:
-        if record.batch != batch:
+    def __init__(self, parts: Parts, record: CacheRecord, prompt: Prompt) -> None:
+        if record.batch != prompt.batch:
             raise InputError(
-                f"the cache holds a pruned conversation of {record.batch} row(s), but the call has {batch}. Expand the "
-                "batch before the prompt is processed, not after."
+                f"the cache holds a pruned conversation of {record.batch} row(s), but the call has {prompt.batch}. "
+                "Expand the batch before the prompt is processed, not after."
             )
-        self._parts = parts
-        self._record = record
-        self._mask: Tensor | None = None
+        self._parts, self._record, self._prompt = parts, record, prompt
+        # what is added is text, which belongs to no block
+        self._masks = Masks(parts, None)
         self._position = torch.empty(0, dtype=torch.long)
-        self._ready: dict[int, GroupInputs] = {}
+        self._ready: dict[tuple[int, int | None], GroupInputs] = {}
 
     def text(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Mask and positions of the first group; called before the text model runs."""
         embeds, cache = arguments["inputs_embeds"], arguments["past_key_values"]
         batch, length = embeds.shape[:2]
         first = self._record.groups[0]
-        self._mask = arguments.get("attention_mask")
-        self._position = token_positions(arguments.get("position_ids"), int(cache.get_seq_length()), embeds)
+        logical = int(cache.get_seq_length())
+        mask = padding_mask(arguments, self._prompt)
+        self._masks.begin(cache, mask, logical, self._record.length)
+        self._position = token_positions(arguments.get("position_ids"), logical, embeds)
         changed = dict(arguments)
         if first.columns is not None:
             physical = physical_length(cache, 0) + length
-            changed["attention_mask"] = first.mask(self._mask, physical, self._record.length, batch, embeds.device)
+            changed["attention_mask"] = first.mask(mask, physical, self._record.length, batch, embeds.device)
         if first.lag is not None:
             changed["position_ids"] = self._position - first.lag[:, None]
         return changed
@@ -122,32 +135,20 @@ class Step:
     def layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
         """What decoder layer `index` runs on; None leaves it as the host has it."""
         group = self._record.group_of(index)
-        if group.first == 0:
+        if group.first == 0 and (group.columns is None or self._masks.plain):
             return None
-        if group.first not in self._ready:
-            self._ready[group.first] = self._prepare(group, hidden, arguments)
-        return hidden, {**arguments, **vars(self._ready[group.first])}
+        key = (group.first, self._masks.window(index))
+        if key not in self._ready:
+            self._ready[key] = self._prepare(index, group, hidden, arguments)
+        return hidden, {**arguments, **vars(self._ready[key])}
 
     def text_output(self, hidden: Tensor) -> Tensor:
         """[B, N, D] what the text model returns; nothing was dropped."""
         return hidden
 
-    def _prepare(self, group: Group, hidden: Tensor, arguments: dict[str, Any]) -> GroupInputs:
-        cache = arguments["past_key_values"]
-        batch, length = hidden.shape[:2]
-        mask: Any = None
-        # one query sees every key: without padding it needs no mask in any backend
-        if not (group.dense and length == 1):
-            physical = physical_length(cache, group.first) + length
-            mask = create_causal_mask(
-                config=self._parts.text_model.config,  # type: ignore[arg-type]
-                inputs_embeds=hidden,
-                attention_mask=group.mask(self._mask, physical, self._record.length, batch, hidden.device),
-                past_key_values=cache,
-                layer_idx=group.first,
-            )
+    def _prepare(self, index: int, group: Group, hidden: Tensor, arguments: dict[str, Any]) -> GroupInputs:
         embeddings, position = arguments["position_embeddings"], arguments.get("position_ids")
         if group.lag is not None and group.lag is not self._record.groups[0].lag:
             position = self._position - group.lag[:, None]
             embeddings = self._parts.rotary(hidden, position_ids=position)
-        return GroupInputs(mask, position, embeddings)
+        return GroupInputs(self._masks.of(index, group, hidden), position, embeddings)

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from vtprune.contract import AttentionView, Scorer
 from vtprune.errors import InputError
 from vtprune.hooks.alive import Alive, Cut, cut_counts, make_cut, observe_all
 from vtprune.hooks.cache import CacheRecord, Group, physical_length, record_of
-from vtprune.hooks.call import GroupInputs, check_per_token, keep_angles, token_positions
+from vtprune.hooks.call import GroupInputs, check_per_token, keep_angles, padding_mask, token_positions
 from vtprune.hooks.families.base import Parts, Prompt
+from vtprune.hooks.masks import Masks
 from vtprune.hooks.rows import Rows
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.kernels.merge_tokens import merge_tokens
@@ -50,7 +50,9 @@ class Prefill:
         self.past = 0
         self._want_scores = want_scores
         self._groups: list[Group] = []
-        self._inputs: GroupInputs | None = None
+        # what layers get instead of the host's tensors, by their window; None as long as the host's are right
+        self._inputs: dict[int | None, GroupInputs] | None = None
+        self._masks = Masks(parts, prompt.blocks)
         self._shift: Tensor | None = None
         self._lag: Tensor | None = None
 
@@ -68,8 +70,9 @@ class Prefill:
         self._cache, self._old = cache, record_of(cache)
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self._position = token_positions(arguments.get("position_ids"), self.past, hidden)
-        mask = arguments.get("attention_mask")
+        mask = padding_mask(arguments, self.prompt)
         self._mask = None if mask is None else mask.bool()
+        self._masks.begin(cache, self._mask, self.past, self.past + self.length)
         self._boundaries = {s.site.index for s in self.stages if s.site.kind == "layer"}
         if self._old is not None:
             self._boundaries |= {g.first for g in self._old.groups}
@@ -83,8 +86,10 @@ class Prefill:
                 compact = compact or (index is not None and stage.positions == "compact")
         group = self._open_group(0, compact)
         self.widths[0] = (0, self.rows.length, list(self.alive.counts))
+        self._entered, self._entry_shift = self.rows, self._shift
         if group.columns is None:
             return arguments
+        self._inputs = None if self._masks.plain else {}
         changed = dict(arguments, inputs_embeds=hidden, position_ids=self._positions())
         changed["attention_mask"] = group.mask(self._mask, group.length, self.past, self.batch, hidden.device)
         if changed["attention_mask"] is None and cache is None:
@@ -125,39 +130,41 @@ class Prefill:
                     cut_index, hidden = self._stage(ordinal, hidden)
                     compact = cut_index is not None and stage.positions == "compact"
             if cut_index is not None or self._old is not None:
-                self._enter(index, hidden, arguments, cut_index, compact)
+                self._open_group(index, compact)
+                self.widths.append((index, self.rows.length, list(self.alive.counts)))
+                self._inputs = {}
         if self._inputs is None:
             return None
-        return hidden, {**arguments, **vars(self._inputs)}
+        window = self._masks.window(index)
+        if window not in self._inputs:
+            self._inputs[window] = self._prepare(index, hidden, arguments)
+        return hidden, {**arguments, **vars(self._inputs[window])}
 
-    def _enter(
-        self, index: int, hidden: Tensor, arguments: dict[str, Any], cut_index: Tensor | None, compact: bool
-    ) -> None:
-        """Open the group that starts at layer `index` and make the tensors that its layers get."""
-        before, shift = self._groups[-1], self._shift
-        group = self._open_group(index, compact)
-        self.widths.append((index, self.rows.length, list(self.alive.counts)))
+    def _prepare(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> GroupInputs:
+        """Make the tensors for layer `index` and its like in the newest group."""
+        group, first = self._groups[-1], self._groups[0]
         embeddings, position = arguments["position_embeddings"], arguments.get("position_ids")
-        if self._inputs is not None:
-            embeddings, position = self._inputs.position_embeddings, self._inputs.position_ids
-        if group.lag is not before.lag or self._shift is not shift:
+        if group.lag is not first.lag or self._shift is not self._entry_shift:
             position = self._positions()
             embeddings = self.parts.rotary(hidden, position_ids=position)
-        elif cut_index is not None:
-            embeddings = [keep_angles(t, cut_index) for t in embeddings]
+        elif self.rows is not self._entered:
+            # the host's tensors hold the rows that entered the text model
+            rows = self._entered.row_of(self.rows.position, self.length)
+            embeddings = [keep_angles(t, rows) for t in embeddings]
             if position is not None:
-                position = keep_tokens([position.expand(self.batch, -1)], cut_index)[0]
-        mask = create_causal_mask(
-            config=self.parts.text_model.config,  # type: ignore[arg-type]
-            inputs_embeds=hidden,
-            attention_mask=group.mask(self._mask, group.length, self.past, self.batch, hidden.device),
-            past_key_values=self._cache,
-            layer_idx=index,
-        )
-        self._inputs = GroupInputs(mask, position, (embeddings[0], embeddings[1]))
+                position = keep_tokens([position.expand(self.batch, -1)], rows)[0]
+        mask = self._masks.of(index, group, hidden)
+        return GroupInputs(mask, position, (embeddings[0], embeddings[1]))
 
     def observe(
-        self, block: int, scorers: Sequence[Scorer], query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        block: int,
+        scorers: Sequence[Scorer],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
     ) -> None:
         """Show decoder layer `block`'s attention (see `Observer`) to the scorers that asked for it."""
         past, group, last = key.shape[2] - query.shape[2], self._groups[-1], self.rows.last()
@@ -172,7 +179,8 @@ class Prefill:
             key=key,
             value=value,
             scaling=scaling,
-            real=group.mask(self._mask, key.shape[2], self.past, self.batch, key.device),
+            softcap=softcap,
+            real=self._masks.row(block, group, self.rows.position.gather(1, last[:, None]), key.shape[2]),
             column=self.rows.row_of(visual, self.length) + past,
             valid=self.alive.valid,
             query_value=row(value, last + past),

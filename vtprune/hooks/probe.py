@@ -19,8 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 __all__ = ["Observer", "attach_probe"]
 
-Observer = Callable[[Tensor, Tensor, Tensor, float], None]
-"""Called with query [B, H, M, d], key [B, Hkv, N, d], value [B, Hkv, N, d] (after RoPE and cache) and the scaling."""
+Observer = Callable[[Tensor, Tensor, Tensor, float, float | None], None]
+"""Called with query [B, H, M, d], key [B, Hkv, N, d], value [B, Hkv, N, d] (after RoPE and cache), the scaling, and the
+soft cap of the logits or None."""
 
 _NAME = "vtprune_probe"
 _probes: weakref.WeakKeyDictionary[nn.Module, tuple[Observer, Any]] = weakref.WeakKeyDictionary()
@@ -31,7 +32,8 @@ def _probed_attention(
 ) -> Any:
     observer, theirs = _probes[module]
     scaling = kwargs.get("scaling")
-    observer(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    observer(query, key, value, scaling, kwargs.get("softcap"))
     base = theirs._attn_implementation
     # eager functions live in each modeling file and are passed to HF's lookup as its default
     default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vtprune.contract import Scorer
 from vtprune.errors import InputError, SessionError
@@ -131,9 +131,9 @@ class Session:
         post(parts.text_model, self._after_text)
         if self.geometry.deepstack:
             self._undo.append(attach_deepstack(parts.text_model, self._pruned_rows))
-        # layer 0 never differs from the text model's own input; every other may, in a cache that another plan pruned
-        for index in range(1, len(parts.layers)):
-            pre(parts.layers[index], self._on_layer(index))
+        # every layer may differ from the text model's own input, in a cache that another plan pruned or by its mask
+        for index, layer in enumerate(parts.layers):
+            pre(layer, self._on_layer(index))
         for block, scorers in watched_blocks(self.plan, "layer").items():
             module = self._family.attention(parts.layers[block])
             self._undo.append(attach_probe(module, self._observer("decoder", block, scorers)))
@@ -155,10 +155,10 @@ class Session:
     def _observer(self, side: str, block: int, scorers: Sequence[Scorer]) -> Callable[..., None]:
         calls = self._calls
 
-        def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        def observe(*states: Any) -> None:
             call = calls.tower if side == "tower" else calls.decoder
             if isinstance(call, (Prefill, TowerCall)):
-                call.observe(block, scorers, query, key, value, scaling)
+                call.observe(block, scorers, *states)
 
         return observe
 
@@ -185,7 +185,7 @@ class Session:
             )
         if not any(prompt.counts):
             if record is not None:
-                calls.decoder = Step(self._parts, record, prompt.batch)
+                calls.decoder = Step(self._parts, record, prompt)
             elif prompt.visual is not None:
                 self._report = report_full(self.geometry, prompt, None, self._itemsize())
             return

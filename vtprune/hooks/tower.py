@@ -115,7 +115,14 @@ class TowerCall:
         return torch.cat([torch.ones_like(valid[:, :1]), valid], 1)
 
     def observe(
-        self, block: int, scorers: Sequence[Scorer], query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        block: int,
+        scorers: Sequence[Scorer],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
     ) -> None:
         """Show a block's attention (see `Observer`) to the scorers that asked for it."""
         alive = self._alive
@@ -136,6 +143,7 @@ class TowerCall:
             key=key,
             value=value,
             scaling=scaling,
+            softcap=softcap,
             real=real if padded else None,
             column=torch.arange(first, first + width, device=key.device).expand(len(alive.counts), -1),
             valid=alive.valid,

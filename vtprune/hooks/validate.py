@@ -29,6 +29,11 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
                 f"positions='compact' has no meaning with rotary positions of {geometry.rotary_axes} axes (time, row, "
                 "column): a row that is closed up would move other rows of the image. Use positions='keep'."
             )
+        if stage.positions == "compact" and geometry.windows:
+            raise PlanError(
+                "positions='compact' has no meaning where layers have sliding windows: a sequence that is closed up "
+                "would bring far tokens back into them. Use positions='keep'."
+            )
         early = site.kind == "input" or (site.kind == "layer" and site.index < geometry.deepstack)
         if scorer.merges and early and geometry.deepstack:
             raise PlanError(
@@ -79,10 +84,11 @@ def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan], tower_sta
         InputError: with what was given and what to do instead.
     """
     mask, cache = prompt.attention_mask, prompt.cache
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
+        got = f"a mask for each of {sorted(mask)}" if isinstance(mask, dict) else f"shape {tuple(mask.shape)}"
         raise InputError(
-            f"attention_mask must be 2-D [batch, length], got shape {tuple(mask.shape)}. A mask with more axes (also "
-            "the one a static cache makes) is tied to the unpruned length; pass the 2-D mask and a DynamicCache."
+            f"attention_mask must be 2-D [batch, length], got {got}. A mask with more axes (also the one a static "
+            "cache makes) is tied to the unpruned length; pass the 2-D mask and a DynamicCache."
         )
     if cache is not None and getattr(cache, "is_compileable", False):
         raise InputError(

@@ -1,6 +1,8 @@
 """Attention weights of a few query rows over all keys, averaged over the heads.
 
-    A[b, r, n] = mean_h softmax_n( scaling * query[b, h, r] . key[b, h // G, n] )        G = H / Hkv
+    A[b, r, n] = mean_h softmax_n( cap( scaling * query[b, h, r] . key[b, h // G, n] ) )        G = H / Hkv
+
+where cap(x) = c tanh(x / c) in models with soft-capped logits and x in others.
 
 Axes: B samples, H query heads, Hkv key heads, R query rows, N keys, V visual tokens, d head width.
 """
@@ -26,6 +28,7 @@ def attention_rows(
     *,
     real: Tensor | None,
     column: Tensor | None = None,
+    softcap: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """What the rows `query` attend to, in fp32 whatever the inputs' dtype.
@@ -40,6 +43,7 @@ def attention_rows(
         real: [B, N] bool, False at padding keys, which weigh exactly 0 whatever they hold (NaN too); None if all are
             real. A sample without any real key gets all zeros.
         column: [B, V] int64 keys to read after the softmax; None reads all N.
+        softcap: c, or None.
         impl: "auto", "torch" or "reference".
 
     Returns:
@@ -51,7 +55,7 @@ def attention_rows(
     """
     run = pick(impl, {"torch": _attention_rows_torch, "reference": attention_rows_reference}, auto="torch")
     _check(query, key, real, column)
-    return run(query, key, scaling, real, column)
+    return run(query, key, scaling, real, column, softcap)
 
 
 def _check(query: Tensor, key: Tensor, real: Tensor | None, column: Tensor | None) -> None:
@@ -68,7 +72,12 @@ def _check(query: Tensor, key: Tensor, real: Tensor | None, column: Tensor | Non
 
 
 def attention_rows_reference(
-    query: Tensor, key: Tensor, scaling: float, real: Tensor | None = None, column: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    real: Tensor | None = None,
+    column: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One sample, head and row at a time; arguments and result as in `attention_rows`."""
     batch, heads, rows, _ = query.shape
@@ -79,8 +88,10 @@ def attention_rows_reference(
         keys = key[b].float()[:, present]
         means = []
         for r in range(rows):
-            weights = [torch.softmax(scaling * (keys[h // group] @ query[b, h, r].float()), 0) for h in range(heads)]
-            mean = torch.stack(weights).mean(0)
+            logits = torch.stack([scaling * (keys[h // group] @ query[b, h, r].float()) for h in range(heads)])
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            mean = torch.softmax(logits, 1).mean(0)
             full = mean.new_zeros(key.shape[2]).masked_scatter(present, mean)
             means.append(full if column is None else full[column[b]])
         samples.append(torch.stack(means))
@@ -88,7 +99,7 @@ def attention_rows_reference(
 
 
 def _attention_rows_torch(
-    query: Tensor, key: Tensor, scaling: float, real: Tensor | None, column: Tensor | None
+    query: Tensor, key: Tensor, scaling: float, real: Tensor | None, column: Tensor | None, softcap: float | None
 ) -> Tensor:
     batch, heads, rows, width = query.shape
     key_heads, length = key.shape[1], key.shape[2]
@@ -96,6 +107,8 @@ def _attention_rows_torch(
     grouped = (query.float() * scaling).reshape(batch, key_heads, heads // key_heads * rows, width)
     chunks = key.split(length if key.dtype == torch.float32 else _CHUNK, dim=2)
     logits = torch.cat([grouped @ chunk.float().transpose(2, 3) for chunk in chunks], dim=3)
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
     if real is None:
         weights = logits.softmax(3)
     else:

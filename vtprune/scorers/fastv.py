@@ -52,7 +52,9 @@ class FastV(Scorer):
 
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
         """Remember the attention of the last prompt token, [B, V]."""
-        rows = attention_rows(view.query, view.key, view.scaling, real=view.real, column=view.column)
+        rows = attention_rows(
+            view.query, view.key, view.scaling, softcap=view.softcap, real=view.real, column=view.column
+        )
         return {"attention": rows[:, 0]}
 
     def score(self, view: TokenView) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vtprune.budget import Geometry, VisionGeometry
 from vtprune.errors import InputError, UnsupportedModelError
 from vtprune.hooks.placeholders import Grids, deal_images
+from vtprune.hooks.windows import Blocks, layer_windows
 from vtprune.layout import Layout
 from vtprune.registry import Registry
 
@@ -44,6 +46,7 @@ class Parts:
         text_model: runs the decoder layers on `inputs_embeds`.
         layers: decoder layers; `attention(layer)` is each one's attention module.
         rotary: maps (hidden, position_ids) to (cos, sin).
+        windows: sliding window of each decoder layer, see `Geometry`.
         tower, blocks, projector: vision side, where the family opens it; a projector row is one visual token.
     """
 
@@ -51,6 +54,7 @@ class Parts:
     text_model: nn.Module
     layers: tuple[nn.Module, ...]
     rotary: nn.Module
+    windows: tuple[int | None, ...] = ()
     tower: nn.Module | None = None
     blocks: tuple[nn.Module, ...] = ()
     projector: nn.Module | None = None
@@ -69,6 +73,7 @@ class Prompt:
         carried: images and videos that the call carries.
         images: for each sample its images, () if `visual` is None.
         counts: placeholders of each sample, () if `visual` is None.
+        blocks: tokens that see each other in both directions, or None.
     """
 
     visual: Tensor | None
@@ -79,6 +84,7 @@ class Prompt:
     carried: int
     images: tuple[tuple[Grids, ...], ...] = ()
     counts: tuple[int, ...] = ()
+    blocks: Blocks | None = None
 
     def layout(self, real: Tensor) -> Layout:
         """Which pixels each placeholder covers. `real` is [B, N], False at padding."""
@@ -119,7 +125,7 @@ class Family(ABC):
     def __init__(self, model: nn.Module) -> None:
         self.config: Any = model.config
         self._book: MutableMapping[Tensor, Grids] = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
-        self.geometry(self.config)
+        shape = self.geometry(self.config)
         root: Any = getattr(model, "model", model)
         missing = [part for part in self.part_names() if not hasattr(root, part)]
         if missing:
@@ -127,7 +133,7 @@ class Family(ABC):
                 f"{type(model).__name__} has no {' and no '.join(missing)}. Pass the model for conditional generation "
                 f"of this family ({self.summary}) or its .model."
             )
-        self._parts = self.find_parts(root)
+        self._parts = dataclasses.replace(self.find_parts(root), windows=shape.windows)
 
     @classmethod
     def part_names(cls) -> tuple[str, ...]:
@@ -220,7 +226,12 @@ class Family(ABC):
         visual = torch.stack(list(kinds.values())).any(0)
         counts = visual.sum(1).tolist()
         images = deal_images(kinds, visual, carried, counts)
-        return Prompt(visual, ids, mask, cache, batch, number, images, tuple(counts))
+        blocks = self.blocks(arguments)
+        return Prompt(visual, ids, mask, cache, batch, number, images, tuple(counts), blocks)
+
+    def blocks(self, arguments: Mapping[str, Any]) -> Blocks | None:
+        """The tokens of a prompt that see each other in both directions, or None if there are none."""
+        return None
 
     def _placeholders(self, token: int, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         if ids is not None:
@@ -239,18 +250,11 @@ def decoder_geometry(
     dynamic: bool = False,
     rotary_axes: int = 1,
 ) -> Geometry:
-    """Geometry of a decoder with full attention, from its config.
+    """Geometry of a decoder, from its config.
 
     Raises:
-        UnsupportedModelError: if a layer has a sliding window.
+        UnsupportedModelError: if a layer neither slides nor attends to everything.
     """
-    window = getattr(text, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ())
-    if slides or (text.model_type == "mistral" and window is not None):
-        raise UnsupportedModelError(
-            f"{family} with sliding-window attention (window {window}) is not supported: a window counts positions "
-            "that pruning removes. Set text_config.sliding_window=None if prompts stay shorter."
-        )
     heads = text.num_attention_heads
     return Geometry(
         family=family,
@@ -264,6 +268,7 @@ def decoder_geometry(
         vision=vision,
         dynamic=dynamic,
         rotary_axes=rotary_axes,
+        windows=layer_windows(family, text),
     )
 
 

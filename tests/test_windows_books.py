@@ -1,0 +1,154 @@
+"""Sliding windows, two-way blocks and soft caps: signals, counted cost and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from family_models import CASES, Row
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+import vtprune
+
+ONE = (("image", None),)
+ROWS = (Row(ONE, 3, 5, 0), Row(ONE * 2, 1, 4, 1), Row((), 2, 9, 2), Row(ONE, 6, 2, 3))
+EXACT = {"atol": 1e-5, "rtol": 1e-5}
+GEMMA3_BREAKS = pytest.mark.skipif(not CASES["gemma3"].turns, reason="this transformers fails on it by itself")
+
+
+def held_bytes(cache: DynamicCache) -> int:
+    """Bytes of keys and values. A sliding layer holds views of longer tensors until the next step: the host's doing."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "paligemma2"])
+@pytest.mark.parametrize("layer", [1, 2])
+@torch.no_grad()
+def test_fastv_scores_are_the_attention_that_the_model_computes(layer: int, name: str) -> None:
+    """Layer 0 slides, layer 1 does not; Gemma 2 caps its logits."""
+    case = CASES[name]
+    model, inputs = case.model("eager"), case.batch(*ROWS)
+    maps = model(**inputs, output_attentions=True).attentions[layer - 1].mean(1)
+    with vtprune.prune(model, vtprune.FastV(layer=layer), 0.6, record_scores=True) as session:
+        model(**inputs)
+        scores = session.report.kept[0].scores
+    assert scores is not None
+    for b in range(len(ROWS)):
+        visual = case.visual(inputs["input_ids"])[b]
+        torch.testing.assert_close(scores[b], maps[b, -1, visual], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("knows_windows", [True, False])
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "paligemma2"])
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+@torch.no_grad()
+def test_counted_cost_is_that_of_the_run(keep: float, name: str, knows_windows: bool) -> None:
+    case = CASES[name]
+    model, inputs = case.model("eager"), case.batch(ROWS[0], ROWS[3])
+    cache = DynamicCache(**({"config": model.config.text_config} if knows_windows else {}))
+    with vtprune.prune(model, "fastv", keep) as session:
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs, past_key_values=cache)
+        report = session.report
+    counted = sum(counter.get_flop_counts()[f"{case.model_class}.model.language_model"].values())
+    assert report.flops == pytest.approx(counted, rel=0.01)
+    assert report.kv_bytes == held_bytes(cache)
+
+
+@GEMMA3_BREAKS
+@torch.no_grad()
+def test_a_later_turn_is_charged_for_the_keys_that_the_windows_left() -> None:
+    case = CASES["gemma3"]
+    model, first, second = case.model("eager"), case.batch(ROWS[0]), case.batch(Row(ONE, 2, 3, 20))
+    cache = DynamicCache(config=model.config.text_config)
+    with vtprune.prune(model, "fastv", 0.5) as session:
+        model(**first, past_key_values=cache)
+        ids = torch.cat([first["input_ids"], second["input_ids"]], 1)
+        call = {**second, "attention_mask": torch.ones_like(ids), **case.extra(ids), "past_key_values": cache}
+        with FlopCounterMode(display=False) as counter:
+            model(**call)
+        report = session.report
+    counted = sum(counter.get_flop_counts()[f"{case.model_class}.model.language_model"].values())
+    assert report.flops == pytest.approx(counted, rel=0.01)
+    assert report.kv_bytes == held_bytes(cache)
+
+
+# refusals
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma2"])
+def test_renumbered_positions_are_refused_where_windows_slide(name: str) -> None:
+    with pytest.raises(vtprune.PlanError, match="no meaning where layers have sliding windows"):
+        vtprune.prune(CASES[name].model(), vtprune.FastV(positions="compact"), 0.5)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_backends_that_take_no_mask_are_refused_before_the_model_runs(name: str) -> None:
+    case = CASES[name]
+    model, inputs = case.model(), case.batch(ROWS[0])
+    ran: list[int] = []
+    model.model.language_model.register_forward_pre_hook(lambda m, a: ran.append(1))
+    with vtprune.prune(model, "fastv", 0.5):
+        model.model.language_model.config._attn_implementation = "flex_attention"
+        with pytest.raises(vtprune.InputError, match=r"attention 'flex_attention' counts .* sdpa or eager"):
+            model(**inputs)
+        assert not ran
+        model.model.language_model.config._attn_implementation = "sdpa"
+        model(**inputs)
+
+
+@GEMMA3_BREAKS
+def test_a_static_cache_is_refused_whose_masks_come_by_layer_type() -> None:
+    case = CASES["gemma3"]
+    model, inputs = case.model(), case.batch(ROWS[0])
+    kinds = r"a mask for each of \['full_attention', 'sliding_attention'\]"
+    with vtprune.prune(model, "fastv", 0.5), pytest.raises(vtprune.InputError, match=kinds):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+@GEMMA3_BREAKS
+@torch.no_grad()
+def test_a_static_cache_is_left_alone_by_a_session_that_keeps_all() -> None:
+    case = CASES["gemma3"]
+    model, inputs = case.model(), case.batch(ROWS[0])
+    call = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    want = model.generate(**inputs, **call)
+    with vtprune.prune(model, "fastv", 1.0):
+        assert torch.equal(model.generate(**inputs, **call), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma3", {"use_bidirectional_attention": True}, r"'gemma3_text' and use_bidirectional_attention=True"),
+        ("paligemma", {"model_type": "llama"}, "paligemma with a 'llama' decoder .* gemma, gemma2"),
+    ],
+)
+def test_refused_decoders(name: str, change: dict[str, Any], message: str) -> None:
+    config = CASES[name].config()
+    for key, value in change.items():
+        # a config class keeps its own type
+        config.text_config.__dict__[key] = value
+    with pytest.raises(vtprune.UnsupportedModelError, match=message):
+        vtprune.geometry(config)
+
+
+@torch.no_grad()
+def test_compact_positions_and_blocks_go_together() -> None:
+    """Without windows positions may close up: the run equals one over a prompt that never held the tokens."""
+    case = CASES["paligemma"]
+    model, inputs = case.model(), case.batch(ROWS[0])
+    stage = vtprune.Stage(vtprune.Site("input"), vtprune.Uniform(), 6, positions="compact")
+    with vtprune.prune(model, vtprune.Plan((stage,))) as session:
+        got = model(**inputs).logits
+        (kept,) = session.report.kept[0].indices
+    visual = case.visual(inputs["input_ids"])[0].nonzero()[:, 0]
+    stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+    stays[visual] = False
+    stays[visual[kept]] = True
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds[0, visual] = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    want = model(inputs_embeds=embeds[:, stays], token_type_ids=torch.zeros_like(stays[stays])[None].long()).logits
+    torch.testing.assert_close(got[:, stays], want, **EXACT)

@@ -1,0 +1,57 @@
+"""Gemma 3: pooled SigLIP features, layers with a sliding window between full ones, images that see themselves whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vtprune.budget import Geometry
+from vtprune.errors import UnsupportedModelError
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, decoder_geometry
+from vtprune.hooks.windows import Blocks
+from vtprune.layout import ImageGrid
+
+
+@FAMILIES.register("gemma3")
+class Gemma3(Family):
+    """`Gemma3ForConditionalGeneration`: one square grid an image, pooled from the tower's patches.
+
+    With pan and scan the processor adds crops of an image; to the model each of them is an image. The tokens of an
+    image see each other in both directions, in sliding layers as far back as the window reaches.
+    """
+
+    name = "gemma3"
+    model_types = ("gemma3",)
+    summary = "Gemma3ForConditionalGeneration (sliding and full layers, two-way image attention; a crop is an image)"
+    images_differ = False
+
+    @classmethod
+    def geometry(cls, config: Any) -> Geometry:
+        """See `Family.geometry`."""
+        text = config.text_config
+        if text.model_type != "gemma3_text" or text.use_bidirectional_attention:
+            raise UnsupportedModelError(
+                f"gemma3 with text_config.model_type={text.model_type!r} and use_bidirectional_attention="
+                f"{text.use_bidirectional_attention} is not supported; supported: 'gemma3_text' and False."
+            )
+        shape = decoder_geometry(cls.name, text, config.mm_tokens_per_image)
+        # rotary tables differ by layer type, so positions cannot be renumbered even where no layer slides
+        return dataclasses.replace(shape, windows=shape.windows or (None,) * shape.layers)
+
+    def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
+        """See `Family.grids`."""
+        return self.grids_of_features(arguments[modality.pixels])
+
+    def grids_of_features(self, features: Any) -> list[Grids]:
+        """See `Family.grids_of_features`."""
+        side = math.isqrt(self.config.mm_tokens_per_image)
+        return [(ImageGrid(side, side),)] * len(features)
+
+    def blocks(self, arguments: Mapping[str, Any]) -> Blocks | None:
+        """See `Family.blocks`."""
+        from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
+
+        types = arguments.get("token_type_ids")
+        return None if types is None else Blocks(get_block_sequence_ids_for_mask(types), within_window=True)

@@ -1,0 +1,70 @@
+"""PaliGemma and PaliGemma 2: one feature a patch, a prompt that sees itself whole, a Gemma or Gemma 2 decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vtprune.budget import Geometry
+from vtprune.errors import UnsupportedModelError
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, decoder_geometry
+from vtprune.hooks.windows import Blocks
+from vtprune.layout import ImageGrid
+
+_DECODERS = ("gemma", "gemma2")
+
+
+def _side(config: Any) -> int:
+    """Patches along one side of an image."""
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+@FAMILIES.register("paligemma")
+class PaliGemma(Family):
+    """`PaliGemmaForConditionalGeneration`: one grid of patches an image.
+
+    The prompt (`token_type_ids` 0) sees itself in both directions, images and text alike and whatever the window; the
+    answer (1) is causal.
+    """
+
+    name = "paligemma"
+    model_types = ("paligemma",)
+    summary = "PaliGemmaForConditionalGeneration (PaliGemma 1 and 2: two-way prompt; Gemma or Gemma 2 decoder)"
+    images_differ = False
+
+    @classmethod
+    def geometry(cls, config: Any) -> Geometry:
+        """See `Family.geometry`."""
+        text = config.text_config
+        if text.model_type not in _DECODERS:
+            raise UnsupportedModelError(
+                f"paligemma with a {text.model_type!r} decoder is not supported; supported: {', '.join(_DECODERS)}."
+            )
+        return decoder_geometry(cls.name, text, _side(config) ** 2)
+
+    def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
+        """See `Family.grids`."""
+        return self.grids_of_features(arguments[modality.pixels])
+
+    def grids_of_features(self, features: Any) -> list[Grids]:
+        """See `Family.grids_of_features`."""
+        return [(ImageGrid(_side(self.config), _side(self.config)),)] * len(features)
+
+    def blocks(self, arguments: Mapping[str, Any]) -> Blocks | None:
+        """See `Family.blocks`."""
+        cache, types = arguments.get("past_key_values"), arguments.get("token_type_ids")
+        # in a running conversation the host makes a block of a new prompt only if it comes with pixels
+        if cache is not None and cache.is_initialized and arguments.get("pixel_values") is None:
+            return None
+        if types is not None:
+            return Blocks(torch.where(types == 0, 0, -1), within_window=False)
+        if cache is not None and cache.is_initialized:
+            return None
+        # without types the host makes a causal mask, or none, and without one sdpa looks both ways
+        mask, tokens = arguments.get("attention_mask"), arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"][..., 0] if tokens is None else tokens
+        backend = self._parts.text_model.config._attn_implementation  # type: ignore[union-attr]
+        whole = backend == "sdpa" and (mask is None or (not isinstance(mask, dict) and bool(mask.all())))
+        return Blocks(torch.full(tokens.shape, 0 if whole else -1, device=tokens.device), within_window=False)

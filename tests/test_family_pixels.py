@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from vtprune.hooks.families.base import family_of
 from vtprune.layout import Layout
 
+SQUARE = (
+    "llava", "video_llava", "internvl", "idefics3", "smolvlm", "gemma3", "paligemma", "paligemma2"
+)  # fmt: skip
+
 
 def processor(name: str) -> Any:
     """The family's image processor, set to the tiny model's sizes."""
@@ -43,6 +47,9 @@ def processor(name: str) -> Any:
         ),
         "mistral3": lambda: transformers.PixtralImageProcessor(patch_size=8, size={"longest_edge": 64}),
         "internvl": lambda: transformers.GotOcr2ImageProcessor(size=tile, crop_to_patches=False),
+        "gemma3": lambda: transformers.Gemma3ImageProcessor(size=tile),
+        "paligemma": lambda: transformers.SiglipImageProcessor(size=tile),
+        "paligemma2": lambda: transformers.SiglipImageProcessor(size=tile),
         "idefics3": lambda: transformers.Idefics3ImageProcessor(
             size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
         ),
@@ -78,7 +85,7 @@ def features(model: Any, inputs: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("name", sorted(CASES))
 @torch.no_grad()
 def test_a_spot_changes_the_tokens_over_it(name: str, spot: tuple[float, float]) -> None:
-    width, height = (64, 32) if name not in ("llava", "video_llava", "internvl", "idefics3", "smolvlm") else (32, 32)
+    width, height = (32, 32) if name in SQUARE else (64, 32)
     centre = (int(spot[0] * width), int(spot[1] * height))
     ground = np.full((height, width, 3), 60, np.uint8)
     painted = ground.copy()
@@ -137,3 +144,26 @@ def test_a_spot_changes_the_tokens_of_its_frame(name: str, frame: int) -> None:
         inside = box is not None and box[1] == frame and box[2][0] <= 26 / 32 < box[2][2]
         inside = inside and box[2][1] <= 10 / 32 < box[2][3]
         assert changed == inside, (token, box)
+
+
+@torch.no_grad()
+def test_pan_and_scan_crops_are_images_of_their_own() -> None:
+    """A wide picture gives the whole and three crops: a spot on the last third shows in the whole and the last crop."""
+    model, prepare = silenced("gemma3"), processor("gemma3")
+    ground = np.full((32, 96, 3), 60, np.uint8)
+    painted = ground.copy()
+    painted[8:16, 80:88] = 250
+    scan = {"min_crop_size": 16, "max_num_crops": 4, "min_ratio_to_activate": 1.2}
+    scan = {"do_pan_and_scan": True, **{f"pan_and_scan_{name}": value for name, value in scan.items()}}
+    plain, other = (prepare(Image.fromarray(a), **scan, return_tensors="pt") for a in (ground, painted))
+    assert plain["num_crops"].tolist() == [3]
+    change = (features(model, plain) - features(model, other)).abs().amax(-1).flatten()
+    family = family_of(model.config)(model)
+    images = family.grids(family.modalities()[0], plain)
+    ids = torch.full((1, len(change)), IMAGE)
+    layout = Layout.from_images(ids == IMAGE, ids == IMAGE, [images])
+    boxes = [layout.box(0, token) for token in (change > 1e-4 * change.max()).nonzero()[:, 0].tolist()]
+    assert {box[0] for box in boxes if box} == {0, 3}
+    # 80 to 88 of 96 pixels, 16 to 24 of the last 32; a token is a quarter wide, and resizing spreads the spot
+    assert all(box[2][2] > 80 / 96 for box in boxes if box and box[0] == 0)
+    assert all(box[2][2] > 16 / 32 for box in boxes if box and box[0] == 3)

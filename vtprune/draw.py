@@ -30,12 +30,14 @@ class Drawing:
         grid: index of the grid in the sample; an image that is cut into crops has several.
         frame: of the video, None in a still image.
         picture: RGB, of the size of the image or frame, greyed where nothing survived.
+        assumed: nobody knows which pixels a token covers; rows and columns were guessed from their number.
     """
 
     image: int
     grid: int
     frame: int | None
     picture: Image
+    assumed: bool
 
 
 def draw_kept(
@@ -72,7 +74,7 @@ def draw_kept(
         across = grid.cols - int(grid.newline)
         if across:
             picture = _picture(images[owner], owner, grid.frame)
-            drawings.append(Drawing(owner, number, grid.frame, _fade(picture, cells[:, :across])))
+            drawings.append(Drawing(owner, number, grid.frame, _fade(picture, cells[:, :across]), grid.assumed))
     return drawings
 
 

@@ -26,12 +26,14 @@ class ImageGrid:
         rows, cols: tokens, newline tokens included.
         frame: index of the (first) video frame, None in a still image.
         newline: the last column holds tokens that cover no pixels: row ends, a frame's CLS token.
+        assumed: rows and columns were guessed from the number of tokens, so that `Layout.box` is a guess too.
     """
 
     rows: int
     cols: int
     frame: int | None = None
     newline: bool = False
+    assumed: bool = False
 
     @property
     def tokens(self) -> int:

@@ -43,6 +43,7 @@ class Report:
         vision_flops, vision_flops_full: tower and projector; 0 if they did not run in this call.
         kv_bytes, kv_bytes_full: keys and values after the prefill.
         layout: which pixels each visual token covers; not part of `to_dict()`.
+        notes: what is assumed about the model.
     """
 
     visual_tokens: tuple[int, ...]
@@ -56,6 +57,7 @@ class Report:
     kv_bytes: int
     kv_bytes_full: int
     layout: Layout | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def average_tokens(self) -> tuple[float, ...]:
@@ -81,7 +83,7 @@ class Report:
         ):
             if full:
                 lines.append(f"{name}: {part:,} of {full:,} ({100 * part / full:.1f} %)")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
         return self.summary()
@@ -100,6 +102,7 @@ class Report:
             "vision_flops_full": self.vision_flops_full,
             "kv_bytes": self.kv_bytes,
             "kv_bytes_full": self.kv_bytes_full,
+            "notes": list(self.notes),
         }
 
 

@@ -68,8 +68,8 @@ def plan_command(
         f"{geometry.visual_tokens} visual and {text_tokens} text tokens",
         markup=False,
     )
-    for line in read:
-        screen.print(f"keep read as  {line}", markup=False)
+    for line in (*(f"keep read as  {line}" for line in read), *(f"note  {note}" for note in geometry.notes)):
+        screen.print(line, markup=False)
     show_plan(plan, geometry, screen)
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)

@@ -155,3 +155,5 @@ def _show(
     screen.print(f"visual tokens  {layers_text(report.tokens_per_layer[0])}")
     for kept in report.kept:
         screen.print(f"kept at {kept.site}: {len(kept.indices[0])} of {total}", markup=False)
+    for note in report.notes:
+        screen.print(f"note: {note}", markup=False)

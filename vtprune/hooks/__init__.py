@@ -10,6 +10,7 @@ from vtprune.budget import Geometry
 from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.families.base import family_of
 from vtprune.hooks.planner import Methods, Planner
+from vtprune.hooks.proof import prove
 from vtprune.hooks.session import Session
 from vtprune.hooks.validate import check_plan
 
@@ -38,7 +39,8 @@ def prune(
     """Attach pruning to a Hugging Face VLM. The model is changed in place until `session.remove()`.
 
     Args:
-        model: a `transformers` vision-language model of a supported family (`vtprune.families()`).
+        model: a `transformers` vision-language model of a supported family (`vtprune.families()`). One that no family
+            names is tried on a dry call first, which costs a few short forward passes.
         method: a name (`vtprune.methods()`), a method object, a list of them applied in order, or a saved `Plan`.
         keep: visual tokens that enter a decoder layer, averaged over the layers: an int is tokens a sample, a float in
             (0, 1] or a string such as "25%" a fraction. `keep=1.0` keeps all and changes nothing. With a list of
@@ -51,7 +53,7 @@ def prune(
         the session: handle and context manager.
 
     Raises:
-        UnsupportedModelError: if no family serves the model.
+        UnsupportedModelError: if no family serves the model, or its dry call failed.
         UnknownNameError: if a method name is not registered.
         BudgetError: if the budget is malformed or out of the method's reach.
         PlanError: if the stages cannot run in this order on this model.
@@ -63,7 +65,10 @@ def prune(
     wrapped = getattr(model, "get_base_model", None)
     if wrapped is not None:
         model = wrapped()
-    shape = geometry(model)
+    family = family_of(model.config)(model)
+    shape = family.own_geometry()
     planner = Planner(shape, method, keep, basis, flops)
     check_plan(planner.nominal, shape)
-    return Session(model, planner, family_of(model.config)(model), record_scores=record_scores)
+    if family.proves_itself and not planner.inactive:
+        prove(model, family, shape, planner.nominal)
+    return Session(model, planner, family, record_scores=record_scores)

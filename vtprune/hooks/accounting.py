@@ -66,6 +66,7 @@ def report_full(geometry: Geometry, prompt: Prompt, run: TowerRun | None, itemsi
         kv_bytes=cache,
         kv_bytes_full=cache,
         layout=prompt.layout(real_positions(prompt)),
+        notes=geometry.notes,
     )
 
 
@@ -94,4 +95,5 @@ def report_pruned(geometry: Geometry, call: Prefill, run: TowerRun | None, items
         kv_bytes=call.batch * kv_bytes(geometry, held, itemsize),
         kv_bytes_full=call.batch * kv_bytes(geometry, [call.past + call.length] * geometry.layers, itemsize),
         layout=call.layout,
+        notes=geometry.notes,
     )

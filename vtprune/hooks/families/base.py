@@ -101,12 +101,14 @@ class Family(ABC):
         summary: one line for listings.
         model_types: `config.model_type` of the models it serves.
         images_differ: images have grids of their own sizes, which encoded features alone do not tell.
+        proves_itself: nobody has tested these models, so that each is tried on a dry call when it is wrapped.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     images_differ: ClassVar[bool] = True
+    proves_itself: ClassVar[bool] = False
 
     @classmethod
     def matches(cls, config: Any) -> bool:
@@ -144,6 +146,10 @@ class Family(ABC):
         """The modules of this model, found from its root."""
         text = root.language_model
         return Parts(root=root, text_model=text, layers=tuple(text.layers), rotary=text.rotary_emb)
+
+    def own_geometry(self) -> Geometry:
+        """The shape of this very model; unless overridden what its config says."""
+        return self.geometry(self.config)
 
     def parts(self) -> Parts:
         """The modules of this model."""

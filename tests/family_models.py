@@ -34,7 +34,7 @@ TEXT = {
 CLIP = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 5,
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,
@@ -302,7 +302,7 @@ class InternVL(Case):
         vision = transformers.InternVLVisionConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=3,
+            num_hidden_layers=5,
             num_attention_heads=4,
             image_size=[32, 32],
             patch_size=[4, 4],
@@ -332,7 +332,7 @@ class Qwen2VL(Case):
     def config(self) -> Any:
         return transformers.Qwen2VLConfig(
             vision_config={
-                "depth": 2,
+                "depth": 5,
                 "embed_dim": 32,
                 "hidden_size": 64,
                 "num_heads": 4,
@@ -379,7 +379,7 @@ class Qwen25VL(Qwen2VL):
     def config(self) -> Any:
         return transformers.Qwen2_5_VLConfig(
             vision_config={
-                "depth": 2,
+                "depth": 5,
                 "hidden_size": 32,
                 "out_hidden_size": 64,
                 "intermediate_size": 64,
@@ -388,7 +388,7 @@ class Qwen25VL(Qwen2VL):
                 "spatial_merge_size": 2,
                 "temporal_patch_size": 2,
                 "window_size": 16,
-                "fullatt_block_indexes": [1],
+                "fullatt_block_indexes": [2, 4],
             },
             text_config={
                 **TEXT,
@@ -441,7 +441,7 @@ class Mistral3(Case):
         vision = transformers.PixtralVisionConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=5,
             num_attention_heads=4,
             image_size=64,
             patch_size=4,
@@ -478,7 +478,7 @@ class Idefics3(Case):
             vision_config={
                 "hidden_size": 32,
                 "intermediate_size": 64,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": 5,
                 "num_attention_heads": 4,
                 "image_size": 32,
                 "patch_size": 4,
@@ -543,7 +543,7 @@ class Glm4v(_Timestamps):
     def config(self) -> Any:
         return transformers.Glm4vConfig(
             vision_config={
-                "depth": 2,
+                "depth": 5,
                 "hidden_size": 32,
                 "out_hidden_size": 64,
                 "intermediate_size": 64,
@@ -580,7 +580,7 @@ class Qwen3VL(_Timestamps):
     def config(self) -> Any:
         return transformers.Qwen3VLConfig(
             vision_config={
-                "depth": 3,
+                "depth": 5,
                 "hidden_size": 32,
                 "out_hidden_size": 64,
                 "intermediate_size": 64,
@@ -589,7 +589,7 @@ class Qwen3VL(_Timestamps):
                 "spatial_merge_size": 2,
                 "temporal_patch_size": 2,
                 "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 1],
+                "deepstack_visual_indexes": [1, 3],
             },
             text_config={
                 **TEXT,

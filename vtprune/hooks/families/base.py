@@ -14,7 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vtprune.budget import Geometry, VisionGeometry
 from vtprune.errors import InputError, UnsupportedModelError
 from vtprune.hooks.placeholders import Grids, deal_images
-from vtprune.layout import Layout
+from vtprune.hooks.units import Medium, Tower, Unit, raster
+from vtprune.layout import ImageGrid, Layout
 from vtprune.registry import Registry
 
 __all__ = ["FAMILIES", "Family", "Grids", "Modality", "Parts", "Prompt", "decoder_geometry", "family_of"]
@@ -44,16 +45,14 @@ class Parts:
         text_model: runs the decoder layers on `inputs_embeds`.
         layers: decoder layers; `attention(layer)` is each one's attention module.
         rotary: maps (hidden, position_ids) to (cos, sin).
-        tower, blocks, projector: vision side, where the family opens it; a projector row is one visual token.
+        tower: the vision side, where the family opens it.
     """
 
     root: nn.Module
     text_model: nn.Module
     layers: tuple[nn.Module, ...]
     rotary: nn.Module
-    tower: nn.Module | None = None
-    blocks: tuple[nn.Module, ...] = ()
-    projector: nn.Module | None = None
+    tower: Tower | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class Family(ABC):
 
     def attention(self, block: nn.Module) -> nn.Module:
         """The attention module of a tower block or decoder layer."""
-        return block.self_attn  # type: ignore[return-value]
+        return next(getattr(block, name) for name in ("self_attn", "attn", "attention") if hasattr(block, name))
 
     def modalities(self) -> tuple[Modality, ...]:
         """What the model sees; unless overridden images."""
@@ -158,6 +157,14 @@ class Family(ABC):
         Raises:
             InputError: if the arguments ask for a variant that pruning was not planned on, or sizes are missing.
         """
+
+    def media(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Medium]:
+        """What the tower makes of a call that carries pixels; unless overridden, a unit of each grid."""
+        return [Medium(tuple(self.unit(grid) for grid in grids)) for grids in self.grids(modality, arguments)]
+
+    def unit(self, grid: ImageGrid) -> Unit:
+        """How the tower orders the patches of a grid; unless overridden a token is a patch, row by row."""
+        return raster(grid.rows, grid.cols)
 
     def remember(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> None:
         """Note which grids the features have that `get_image_features(**arguments)` returned, if they do not tell."""

@@ -65,6 +65,7 @@ class Case(ABC):
     videos: ClassVar[tuple[Any, ...]] = ()
     mixes: ClassVar[bool] = True  # images and videos may come in one call
     beams_keep_order: ClassVar[bool] = HOST_KEEPS_BEAM_ORDER
+    tower_sizes: ClassVar[tuple[Any, ...]] = ()  # where not all `sizes` allow cuts in the tower
 
     @abstractmethod
     def config(self) -> Any:
@@ -247,11 +248,12 @@ class LlavaOnevision(LlavaNext):
     """As LLaVA-NeXT, but several images of a prompt stay whole; videos are a number of frames."""
 
     name, model_class = "llava_onevision", "LlavaOnevisionForConditionalGeneration"
+    tower_sizes = ((32, 64), (20, 96), (64, 16))
     videos = (3, 2)
 
     def config(self) -> Any:
         return transformers.LlavaOnevisionConfig(
-            vision_config=transformers.SiglipVisionConfig(**CLIP).to_dict(),
+            vision_config=transformers.SiglipVisionConfig(**CLIP, vision_use_head=False).to_dict(),
             text_config=transformers.Qwen2Config(**TEXT).to_dict(),
             image_token_id=IMAGE,
             video_token_id=VIDEO,

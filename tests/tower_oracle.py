@@ -61,8 +61,20 @@ def _windows(rows: int, cols: int, side: int) -> list[int]:
     ]
 
 
-def encoded(case: Case, kind: str, sizes: list[Any]) -> Encoded:
-    """What the tower makes of media of these sizes."""
+def _crops(case: Any, size: tuple[int, int]) -> tuple[int, list[int]]:
+    """Crops of an image of LLaVA-NeXT or LLaVA-OneVision, and which patch of all each token is (-1: a newline).
+
+    Found by sending the numbers of the patches through the host's own way to pack features.
+    """
+    root, number = case.model().model, case._crops(size)
+    named = {"vision_feature_select_strategy": "full"} if case.name != "llava_onevision" else {}
+    features = torch.arange(number * 16.0).view(number, 16, 1)
+    packed = root.pack_image_features([features], torch.tensor([size]), image_newline=torch.tensor([-1.0]), **named)
+    return number, packed[0][0][:, 0].long().tolist()
+
+
+def encoded(case: Case, kind: str, sizes: list[Any], alone: list[bool]) -> Encoded:
+    """What the tower makes of media of these sizes; `alone` in a prompt or not."""
     found = Encoded()
 
     def unit(tokens: list[list[int]], *, alone: bool) -> None:
@@ -72,8 +84,25 @@ def encoded(case: Case, kind: str, sizes: list[Any]) -> Encoded:
         found.units += [here] * len(tokens)
         found.sizes.append(sum(map(len, tokens)))
 
-    for size in sizes:
-        if case.name == "llava":
+    def cropped(size: tuple[int, int]) -> None:
+        number, order = _crops(case, size)
+        first = len(found.sizes)
+        found.tokens += [[] if patch < 0 else [(first + patch // 16, patch % 16)] for patch in order]
+        found.units += [-1 if patch < 0 else first + patch // 16 for patch in order]
+        for crop in range(first, first + number):
+            seen = {patch % 16 for patch in order if first + patch // 16 == crop}
+            found.padding[crop] = [(crop, patch) for patch in range(16) if patch not in seen]
+        found.sizes += [16] * number
+
+    for size, by_itself in zip(sizes, alone, strict=True):
+        if kind == "video" and case.name == "llava_next_video":
+            for _ in range(size):
+                unit(_square(2, 2, 2), alone=True)
+        elif case.name == "llava_onevision" and not by_itself:
+            unit([*_square(4, 4, 1), []], alone=True)
+        elif case.name in ("llava_next", "llava_next_video", "llava_onevision"):
+            cropped(size)
+        elif case.name == "llava":
             unit(_square(4, 4, 1), alone=True)
         elif case.name in ("internvl", "idefics3", "smolvlm"):
             for _ in range(size):
@@ -88,18 +117,13 @@ def encoded(case: Case, kind: str, sizes: list[Any]) -> Encoded:
     return found
 
 
-def kinds_of(rows: tuple[Row, ...]) -> dict[str, list[Any]]:
-    """Sizes of all media of each kind, in order."""
-    kinds: dict[str, list[Any]] = {}
-    for row in rows:
-        for kind, size in row.media:
-            kinds.setdefault(kind, []).append(size)
-    return kinds
-
-
 def gone(case: Case, rows: tuple[Row, ...], report: Report, blocks: int) -> dict[str, list[list[Patch]]]:
     """For each kind of media and each block the patches that it must not see."""
-    towers = {kind: encoded(case, kind, sizes) for kind, sizes in kinds_of(rows).items()}
+    media = [(kind, size, len(row.media) == 1) for row in rows for kind, size in row.media]
+    towers = {
+        kind: encoded(case, kind, [size for k, size, _ in media if k == kind], [a for k, _, a in media if k == kind])
+        for kind in {kind for kind, _, _ in media}
+    }
     tokens = case.encode(
         [(kind, size, 10 * row.seed + i) for row in rows for i, (kind, size) in enumerate(row.media)],
         [len(row.media) for row in rows],
@@ -124,6 +148,7 @@ def gone(case: Case, rows: tuple[Row, ...], report: Report, blocks: int) -> dict
         for kind, lost in hit.items():
             tower = towers[kind]
             patches = [patch for token in lost for patch in tower.tokens[token]]
+            # a crop loses its padding with its first token
             for number in {tower.units[token] for token in lost}:
                 patches += tower.padding.get(number, [])
             for block in range(record.site.index + 1, blocks):
@@ -140,17 +165,23 @@ def tower_of(model: Any) -> tuple[Any, list[Any]]:
     return tower, [next(getattr(b, n) for n in ("self_attn", "attn", "attention") if hasattr(b, n)) for b in blocks]
 
 
-def _dense(module: Any, hidden: Tensor, cu_seqlens: Tensor, position_embeddings: Any, lost: list[Patch]) -> Tensor:
-    """The attention of a tower that packs its pictures, written out."""
-    total, heads = len(hidden), module.num_heads
-    query, key, value = module.qkv(hidden).view(total, 3, heads, -1).unbind(1)
+def turned(module: Any, hidden: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key (after RoPE) and value, each [R, H, d], of a tower that packs its pictures."""
+    query, key, value = module.qkv(hidden).view(len(hidden), 3, module.num_heads, -1).unbind(1)
 
     def turn(states: Tensor) -> Tensor:
         cos, sin = (angles[:, None].float() for angles in position_embeddings)
         first, second = states.chunk(2, -1)
         return states * cos + torch.cat([-second, first], -1) * sin
 
-    logits = torch.einsum("qhd,khd->hqk", turn(query), turn(key)) * module.scaling
+    return turn(query), turn(key), value
+
+
+def _dense(module: Any, hidden: Tensor, cu_seqlens: Tensor, position_embeddings: Any, lost: list[Patch]) -> Tensor:
+    """The attention of a tower that packs its pictures, written out."""
+    total = len(hidden)
+    query, key, value = turned(module, hidden, position_embeddings)
+    logits = torch.einsum("qhd,khd->hqk", query, key) * module.scaling
     bounds = cu_seqlens.tolist()
     owner = torch.tensor([sum(row >= end for end in bounds[1:]) for row in range(total)])
     see = owner[:, None] == owner[None]

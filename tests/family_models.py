@@ -34,7 +34,7 @@ TEXT = {
 CLIP = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 5,
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,
@@ -66,6 +66,7 @@ class Case(ABC):
     mixes: ClassVar[bool] = True  # images and videos may come in one call
     beams_keep_order: ClassVar[bool] = HOST_KEEPS_BEAM_ORDER
     turns: ClassVar[bool] = True  # the host itself can go on over a cache
+    tower_sizes: ClassVar[tuple[Any, ...]] = ()  # where not all `sizes` allow cuts in the tower
 
     @abstractmethod
     def config(self) -> Any:
@@ -247,11 +248,12 @@ class LlavaOnevision(LlavaNext):
     """As LLaVA-NeXT, but several images of a prompt stay whole; videos are a number of frames."""
 
     name, model_class = "llava_onevision", "LlavaOnevisionForConditionalGeneration"
+    tower_sizes = ((32, 64), (20, 96), (64, 16))
     videos = (3, 2)
 
     def config(self) -> Any:
         return transformers.LlavaOnevisionConfig(
-            vision_config=transformers.SiglipVisionConfig(**CLIP).to_dict(),
+            vision_config=transformers.SiglipVisionConfig(**CLIP, vision_use_head=False).to_dict(),
             text_config=transformers.Qwen2Config(**TEXT).to_dict(),
             image_token_id=IMAGE,
             video_token_id=VIDEO,
@@ -302,7 +304,7 @@ class InternVL(Case):
         vision = transformers.InternVLVisionConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=3,
+            num_hidden_layers=5,
             num_attention_heads=4,
             image_size=[32, 32],
             patch_size=[4, 4],
@@ -332,7 +334,7 @@ class Qwen2VL(Case):
     def config(self) -> Any:
         return transformers.Qwen2VLConfig(
             vision_config={
-                "depth": 2,
+                "depth": 5,
                 "embed_dim": 32,
                 "hidden_size": 64,
                 "num_heads": 4,
@@ -379,7 +381,7 @@ class Qwen25VL(Qwen2VL):
     def config(self) -> Any:
         return transformers.Qwen2_5_VLConfig(
             vision_config={
-                "depth": 2,
+                "depth": 5,
                 "hidden_size": 32,
                 "out_hidden_size": 64,
                 "intermediate_size": 64,
@@ -388,7 +390,7 @@ class Qwen25VL(Qwen2VL):
                 "spatial_merge_size": 2,
                 "temporal_patch_size": 2,
                 "window_size": 16,
-                "fullatt_block_indexes": [1],
+                "fullatt_block_indexes": [2, 4],
             },
             text_config={
                 **TEXT,
@@ -441,7 +443,7 @@ class Mistral3(Case):
         vision = transformers.PixtralVisionConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=5,
             num_attention_heads=4,
             image_size=64,
             patch_size=4,
@@ -478,7 +480,7 @@ class Idefics3(Case):
             vision_config={
                 "hidden_size": 32,
                 "intermediate_size": 64,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": 5,
                 "num_attention_heads": 4,
                 "image_size": 32,
                 "patch_size": 4,
@@ -543,7 +545,7 @@ class Glm4v(_Timestamps):
     def config(self) -> Any:
         return transformers.Glm4vConfig(
             vision_config={
-                "depth": 2,
+                "depth": 5,
                 "hidden_size": 32,
                 "out_hidden_size": 64,
                 "intermediate_size": 64,
@@ -580,7 +582,7 @@ class Qwen3VL(_Timestamps):
     def config(self) -> Any:
         return transformers.Qwen3VLConfig(
             vision_config={
-                "depth": 3,
+                "depth": 5,
                 "hidden_size": 32,
                 "out_hidden_size": 64,
                 "intermediate_size": 64,
@@ -589,7 +591,7 @@ class Qwen3VL(_Timestamps):
                 "spatial_merge_size": 2,
                 "temporal_patch_size": 2,
                 "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 1],
+                "deepstack_visual_indexes": [1, 3],
             },
             text_config={
                 **TEXT,

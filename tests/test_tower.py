@@ -124,7 +124,7 @@ def test_count_with_several_images_a_prompt_is_refused(call: str) -> None:
 
 
 def test_departure_marks_survive_half_precision() -> None:
-    from vtprune.hooks.tower import read_departures
+    from vtprune.hooks.departures import read_departures
 
     for dtype in (torch.float16, torch.bfloat16):
         features = torch.randn(2, 40, 8).to(dtype)

@@ -30,9 +30,15 @@ class VisionGeometry:
             k < feature_block.
         hidden, heads, intermediate: widths.
         has_cls: a CLS token stands before the patches.
-        patches: patches of one input of the tower (an image, a crop or a frame).
-        patch_dim: values in one patch (channels x patch height x patch width).
-        projector: (input, hidden, output) widths of the two linear layers after the tower.
+        patches: patches of one input of the tower (an image, a crop or a frame), of the example where sizes differ.
+        patch_dim: values in one patch (channels x frames x patch height x patch width).
+        projector: widths of the linear layers that only what is left after the tower passes, input first.
+        cell: patches that become one visual token.
+        mlp_matrices: of a block; 3 where a gate has one of its own.
+        merger: widths of the linear layers that every token passes, also if it has left, because the host needs the
+            whole grid there.
+        taps: blocks whose output passes a copy of the projector as well (DeepStack).
+        full_blocks: blocks that attend to the whole image where the others attend in windows; None if all do.
     """
 
     blocks: int
@@ -43,7 +49,12 @@ class VisionGeometry:
     has_cls: bool
     patches: int
     patch_dim: int
-    projector: tuple[int, int, int]
+    projector: tuple[int, ...]
+    cell: int = 1
+    mlp_matrices: int = 2
+    merger: tuple[int, ...] = ()
+    taps: tuple[int, ...] = ()
+    full_blocks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

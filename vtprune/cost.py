@@ -6,6 +6,7 @@ The counts follow what is executed: attention is counted as the full rows x keys
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from vtprune.budget import Basis, Geometry
@@ -32,23 +33,43 @@ def prefill_flops(geometry: Geometry, lengths: Sequence[int], past: Sequence[int
     return total
 
 
-def vision_flops(geometry: Geometry, lengths: Sequence[int], patches: int) -> int:
-    """FLOPs of the vision tower and the projector for one image; 0 if the family knows no tower.
+def vision_flops(
+    geometry: Geometry,
+    lengths: Sequence[int],
+    patches: int,
+    *,
+    pairs: Sequence[int] | None = None,
+    projected: int | None = None,
+    merged: int | None = None,
+) -> int:
+    """FLOPs of the vision tower and what follows it up to the decoder; 0 if the family knows no tower.
 
     Args:
         geometry: the model's shape.
         lengths: tokens (CLS included) that enter each tower block.
-        patches: patches of the image; the projector runs on what leaves the feature block.
+        patches: patches of the image.
+        pairs: products of a query and a key in each block; None is the square of `lengths`, one image without windows.
+        projected: rows that pass the projector and its copies; None is what leaves their blocks.
+        merged: visual tokens that pass the merger; None is all of the image.
     """
     tower = geometry.vision
     if tower is None:
         return 0
     total = 2 * patches * tower.patch_dim * tower.hidden
-    for n in lengths:
-        total += 2 * n * (4 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate) + 4 * n * n * tower.hidden
-    survivors = lengths[-1] - int(tower.has_cls)
-    into, middle, out = tower.projector
-    return total + 2 * survivors * (into * middle + middle * out)
+    linear = 4 * tower.hidden**2 + tower.mlp_matrices * tower.hidden * tower.intermediate
+    for n, products in zip(lengths, [n * n for n in lengths] if pairs is None else pairs, strict=True):
+        total += 2 * n * linear + 4 * products * tower.hidden
+    if projected is None:
+        left = [lengths[block] - int(tower.has_cls) for block in (tower.feature_block, *tower.taps)]
+        projected = sum(left) // tower.cell
+    if merged is None:
+        merged = patches // tower.cell
+    return total + 2 * projected * _chain(tower.projector) + 2 * merged * _chain(tower.merger)
+
+
+def _chain(widths: Sequence[int]) -> int:
+    """Multiply-accumulates of one row through linear layers of these widths."""
+    return sum(before * after for before, after in itertools.pairwise(widths))
 
 
 def kv_bytes(geometry: Geometry, lengths: Sequence[int], itemsize: int) -> int:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import is_flash_attention_requested
 
 from vtprune.budget import Geometry
 from vtprune.cost import kv_bytes, prefill_flops, vision_flops
 from vtprune.errors import InputError
 from vtprune.hooks.families.base import Prompt
 from vtprune.hooks.prefill import Prefill
-from vtprune.hooks.tower import TowerRun
+from vtprune.hooks.units import Medium, Tower
 from vtprune.report import Report
 
-__all__ = ["real_positions", "report_full", "report_pruned"]
+__all__ = ["real_positions", "report_full", "report_pruned", "unpruned_tower"]
 
 
 def real_positions(prompt: Prompt) -> Tensor:
@@ -29,13 +31,29 @@ def real_positions(prompt: Prompt) -> Tensor:
     return mask[:, -visual.shape[1] :].bool()
 
 
-def _vision(geometry: Geometry, run: TowerRun | None) -> tuple[int, int]:
-    if run is None or geometry.vision is None:
-        return 0, 0
-    patches = geometry.vision.patches
-    rows = [patches + int(geometry.vision.has_cls)] * len(run.lengths)
-    full = vision_flops(geometry, rows, patches)
-    return run.images * vision_flops(geometry, run.lengths, patches), run.images * full
+def unpruned_tower(geometry: Geometry, tower: Tower, media: Sequence[Medium]) -> int:
+    """FLOPs of the tower, and of what follows it up to the decoder, on these images if nothing is dropped."""
+    vision = geometry.vision
+    if vision is None:
+        return 0
+    units = [unit for medium in media for unit in medium.units]
+    lengths = [int(vision.has_cls) + unit.patches for unit in units]
+    whole = sum(n * n for n in lengths)
+    config: Any = tower.module.config
+    if tower.packing == "mask" and not is_flash_attention_requested(config):
+        # a mask hides products that are computed all the same
+        whole = sum(lengths) ** 2
+    windows = sum(n * n for unit in units for n in unit.windows)
+    full = range(vision.blocks) if vision.full_blocks is None else vision.full_blocks
+    outputs = sum(unit.outputs for unit in units)
+    return vision_flops(
+        geometry,
+        [sum(lengths)] * vision.blocks,
+        sum(unit.patches for unit in units),
+        pairs=[whole if block in full else windows for block in range(vision.blocks)],
+        projected=outputs * (1 + len(vision.taps)),
+        merged=outputs,
+    )
 
 
 def _cached(geometry: Geometry, cache: Any) -> Geometry:
@@ -44,8 +62,8 @@ def _cached(geometry: Geometry, cache: Any) -> Geometry:
     return geometry if knows else dataclasses.replace(geometry, windows=())
 
 
-def report_full(geometry: Geometry, prompt: Prompt, run: TowerRun | None, itemsize: int) -> Report:
-    """Report of a prompt that was run unpruned."""
+def report_full(geometry: Geometry, prompt: Prompt, vision: tuple[int, int], itemsize: int) -> Report:
+    """Report of a prompt that was run unpruned; `vision` is the tower's FLOPs as run and unpruned."""
     visual, geometry = prompt.visual, _cached(geometry, prompt.cache)
     if visual is None:
         raise InputError("this call has no prompt.")
@@ -53,7 +71,6 @@ def report_full(geometry: Geometry, prompt: Prompt, run: TowerRun | None, itemsi
     real = [length] * batch if prompt.attention_mask is None else real_positions(prompt).sum(1).tolist()
     lengths = [length] * geometry.layers
     flops, cache = batch * prefill_flops(geometry, lengths), batch * kv_bytes(geometry, lengths, itemsize)
-    part, full = _vision(geometry, run)
     return Report(
         visual_tokens=prompt.counts,
         text_tokens=tuple(r - v for r, v in zip(real, prompt.counts, strict=True)),
@@ -61,8 +78,8 @@ def report_full(geometry: Geometry, prompt: Prompt, run: TowerRun | None, itemsi
         kept=(),
         flops=flops,
         flops_full=flops,
-        vision_flops=part,
-        vision_flops_full=full,
+        vision_flops=vision[0],
+        vision_flops_full=vision[1],
         kv_bytes=cache,
         kv_bytes_full=cache,
         layout=prompt.layout(real_positions(prompt)),
@@ -70,8 +87,8 @@ def report_full(geometry: Geometry, prompt: Prompt, run: TowerRun | None, itemsi
     )
 
 
-def report_pruned(geometry: Geometry, call: Prefill, run: TowerRun | None, itemsize: int) -> Report:
-    """Report of a prefill that pruned."""
+def report_pruned(geometry: Geometry, call: Prefill, vision: tuple[int, int], itemsize: int) -> Report:
+    """Report of a prefill that pruned; `vision` is the tower's FLOPs as run and unpruned."""
     geometry = _cached(geometry, call.prompt.cache)
     record, layers = call.record(), range(geometry.layers)
 
@@ -82,7 +99,6 @@ def report_pruned(geometry: Geometry, call: Prefill, run: TowerRun | None, items
     held = [record.group_of(i).length for i in layers]
     past = [h - n for h, n in zip(held, rows, strict=True)]
     whole = [call.length] * geometry.layers
-    part, full = _vision(geometry, run)
     return Report(
         visual_tokens=call.layout.counts,
         text_tokens=tuple(call.text_counts),
@@ -90,8 +106,8 @@ def report_pruned(geometry: Geometry, call: Prefill, run: TowerRun | None, items
         kept=tuple(call.kept),
         flops=call.batch * prefill_flops(geometry, rows, past),
         flops_full=call.batch * prefill_flops(geometry, whole, [call.past] * geometry.layers),
-        vision_flops=part,
-        vision_flops_full=full,
+        vision_flops=vision[0],
+        vision_flops_full=vision[1],
         kv_bytes=call.batch * kv_bytes(geometry, held, itemsize),
         kv_bytes_full=call.batch * kv_bytes(geometry, [call.past + call.length] * geometry.layers, itemsize),
         layout=call.layout,

@@ -24,7 +24,7 @@ class Alive:
     Attributes:
         original: [B, V] index among the row's original visual tokens, increasing; padded at the end.
         counts: alive tokens of each row.
-        memory: running signals of the scorers, by scorer name.
+        memory: running signals of the scorers, by scorer name: [B, V], or [B, V, c] where a token is made of c patches.
     """
 
     original: Tensor
@@ -86,10 +86,21 @@ def cut_counts(stage: Stage, totals: Sequence[int], alive: Sequence[int]) -> lis
 
 
 @torch.no_grad()
-def observe_all(scorers: Sequence[Scorer], view: AttentionView, alive: Alive) -> None:
-    """Let scorers read a block. Choices are indices, so no gradient passes through what they are made from."""
+def observe_all(scorers: Sequence[Scorer], view: AttentionView, alive: Alive, patches: int = 1) -> None:
+    """Let scorers read a block. Choices are indices, so no gradient passes through what they are made from.
+
+    Args:
+        scorers: who reads.
+        view: what there is to read, [B, V * patches].
+        alive: whose memory takes it.
+        patches: rows of the block that make one token; scorers see each of them, and a cut their mean.
+    """
     for scorer in scorers:
-        alive.memory[scorer.name] = scorer.observe(view, alive.memory.get(scorer.name, {}))
+        before = {name: signal.flatten(1) for name, signal in alive.memory.get(scorer.name, {}).items()}
+        after = scorer.observe(view, before)
+        if patches > 1:
+            after = {name: signal.unflatten(1, (-1, patches)) for name, signal in after.items()}
+        alive.memory[scorer.name] = after
 
 
 @torch.no_grad()
@@ -110,7 +121,7 @@ def make_cut(
         alive: tokens before the cut.
         hidden: [B, V, D] their states.
         keep: survivors asked of each row (the target, if the stage is adaptive).
-        layout: the decoder's layout, or None in a tower, where a row is one image of `grids[b][0]`.
+        layout: the decoder's layout, or None in a tower, where a row is one image, crop or frame of `grids[b][0]`.
         grids: for each row, (rows, cols) of its images.
         text_key: see `TokenView`.
         want_scores: also return the scores.
@@ -152,7 +163,7 @@ def _token_view(
 ) -> TokenView:
     original = alive.original
     if layout is None:
-        cols = grids[0][0][1] if grids else 1
+        cols = torch.tensor([row[0][1] for row in grids], device=original.device)[:, None].clamp(min=1)
         grid, row, col = torch.zeros_like(original), original // cols, original % cols
     else:
         grid, row, col = (t.gather(1, original) for t in (layout.grid, layout.row, layout.col))
@@ -166,6 +177,9 @@ def _token_view(
         col=col,
         grids=tuple(tuple(g) for g in grids),
         keep=torch.tensor(keep, device=original.device),
-        memory=alive.memory.get(scorer.name, {}),
+        memory={
+            name: signal.mean(2) if signal.ndim == 3 else signal
+            for name, signal in alive.memory.get(scorer.name, {}).items()
+        },
         text_key=text_key,
     )

@@ -7,29 +7,39 @@ when they are made, and looked up when they arrive, knows the grids of each.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
 from vtprune.hooks.families.base import Family, Modality
 
-__all__ = ["remember_grids"]
+__all__ = ["Encoding", "remember_grids"]
+
+Encoding = Callable[[Modality, Mapping[str, Any]], AbstractContextManager[None]]
+"""Called with what is about to be encoded, and the arguments by name."""
 
 
-def remember_grids(root: nn.Module, family: Family) -> Callable[[], None]:
+def remember_grids(root: nn.Module, family: Family, encoding: Encoding | None) -> Callable[[], None]:
     """Write the family's book whenever `root` encodes images or videos.
+
+    Args:
+        root: see `Parts`.
+        family: the model's.
+        encoding: is entered, with what is encoded, while that is done; None if nobody wants to know.
 
     Returns:
         what takes the effect back.
     """
     before: dict[str, Any] = {}
-    for modality in family.modalities() if family.images_differ else ():
+    for modality in family.modalities() if family.images_differ or encoding is not None else ():
         name = f"get_{modality.name}_features"
         before[name] = vars(root).get(name)
-        setattr(root, name, _watched(getattr(root, name), modality, family))
+        setattr(root, name, _watched(getattr(root, name), modality, family, encoding or _nobody))
 
     def undo() -> None:
         for name, method in before.items():
@@ -42,18 +52,23 @@ def remember_grids(root: nn.Module, family: Family) -> Callable[[], None]:
     return undo
 
 
-def _watched(encode: Callable[..., Any], modality: Modality, family: Family) -> Callable[..., Any]:
+def _nobody(modality: Modality, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _watched(encode: Callable[..., Any], modality: Modality, family: Family, encoding: Encoding) -> Callable[..., Any]:
     signature = inspect.signature(encode)
 
     # generate() reads the signature to find out which arguments to pass
     @functools.wraps(encode)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        output = encode(*args, **kwargs)
-        if getattr(output, "pooler_output", None) is not None:
-            arguments = signature.bind(*args, **kwargs).arguments
-            # some releases name the pixels of videos as those of images: they come first all the same
-            arguments.setdefault(modality.pixels, next(iter(arguments.values()), None))
-            arguments.update(arguments.pop("kwargs", {}))
+        arguments = signature.bind(*args, **kwargs).arguments
+        # some releases name the pixels of videos as those of images: they come first all the same
+        arguments.setdefault(modality.pixels, next(iter(arguments.values()), None))
+        arguments.update(arguments.pop("kwargs", {}))
+        with encoding(modality, arguments):
+            output = encode(*args, **kwargs)
+        if family.images_differ and getattr(output, "pooler_output", None) is not None:
             family.remember(modality, output, arguments)
         return output
 

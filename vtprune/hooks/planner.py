@@ -8,7 +8,7 @@ from typing import Any
 from vtprune.budget import Budget, Geometry
 from vtprune.contract import METHODS, Scorer, compose
 from vtprune.errors import BudgetError, PlanError
-from vtprune.plan import Plan
+from vtprune.plan import Plan, Stage
 
 __all__ = ["Methods", "Planner"]
 
@@ -37,6 +37,7 @@ class Planner:
             self._budgets = _budgets(self._methods, keep, basis, flops)
             self.nominal = self._nominal()
         self._solved: dict[tuple[int, int, int], Plan] = {}
+        self._towers: dict[int, tuple[Stage, ...]] = {}
 
     @property
     def inactive(self) -> bool:
@@ -63,10 +64,23 @@ class Planner:
         key = (visual_tokens, text_tokens, images)
         if key not in self._solved:
             plan = self._solve(self.geometry.for_prompt(*key))
-            # the tower runs before the prompt is known, so its counts are those of the nominal plan
-            tower = self.nominal.at("vision")
+            tower = self.tower(visual_tokens)
             self._solved[key] = Plan(tower + plan.stages[len(tower) :]) if tower else plan
         return self._solved[key]
+
+    def tower(self, visual_tokens: int) -> tuple[Stage, ...]:
+        """The tower's stages for an image (or video) of so many tokens, which is encoded before its prompt is known.
+
+        Raises:
+            BudgetError: if the budget does not fit this image.
+        """
+        nominal, shape = self.nominal.at("vision"), self.geometry
+        if not nominal or self._fixed is not None or not shape.dynamic:
+            return nominal
+        if visual_tokens not in self._towers:
+            plan = self._solve(shape.for_prompt(visual_tokens, shape.text_tokens, 1))
+            self._towers[visual_tokens] = plan.at("vision")
+        return self._towers[visual_tokens]
 
     def _nominal(self) -> Plan:
         try:

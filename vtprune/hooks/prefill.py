@@ -58,12 +58,13 @@ class Prefill:
 
     # before the decoder
 
-    def text(self, arguments: dict[str, Any], left: Tensor | None) -> dict[str, Any]:
+    def text(self, arguments: dict[str, Any], left: tuple[Tensor, list[int]] | None) -> dict[str, Any]:
         """Apply the tower's cuts and run the `input` stages; called before the text model runs.
 
         Args:
             arguments: of the text model.
-            left: [B, V] ordinal (1, 2, ...) of the tower stage at which each token left, 0 for survivors; or None.
+            left: [B, V] ordinal (1, 2, ...) of the tower stage at which each token left, 0 for survivors, and how many
+                survivors each sample should have; or None.
         """
         check_per_token(arguments, self.length, "the text model")
         hidden, cache = arguments["inputs_embeds"], arguments.get("past_key_values")
@@ -78,7 +79,7 @@ class Prefill:
             self._boundaries |= {g.first for g in self._old.groups}
 
         compact = False
-        if left is not None and self._take_tower_cuts(left):
+        if left is not None and self._take_tower_cuts(*left):
             hidden = keep_tokens([hidden], self._drop())[0]
         for ordinal, stage in enumerate(self.stages):
             if stage.site.kind == "input":
@@ -97,7 +98,7 @@ class Prefill:
             changed["attention_mask"] = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return changed
 
-    def _take_tower_cuts(self, left: Tensor) -> bool:
+    def _take_tower_cuts(self, left: Tensor, expected: list[int]) -> bool:
         """Book what the tower dropped; True if anything left."""
         # all stages before the decoder's own are the tower's, and those that cut are numbered 1, 2, ...
         stages = [s for s in self.stages if s.site.kind == "vision"]
@@ -107,7 +108,6 @@ class Prefill:
             here = ((left == 0) | (left > ordinal)) & valid
             self.kept.append(Kept(stage.site, tuple(row.nonzero()[:, 0] for row in here)))
         counts = survivors.sum(1).tolist()
-        expected = [sum(stages[-1].count(g.tokens) for g in grids) for grids in self.layout.grids]
         if counts != expected and not stages[-1].adaptive:
             raise InputError(
                 f"the image features hold {counts} tokens a sample instead of {expected}: they were encoded while this "

@@ -17,13 +17,14 @@ from vtprune.hooks.accounting import real_positions, report_full, report_pruned
 from vtprune.hooks.cache import record_of, write_record
 from vtprune.hooks.call import Step
 from vtprune.hooks.deepstack import attach_deepstack
+from vtprune.hooks.departures import read_departures
 from vtprune.hooks.encoded import remember_grids
 from vtprune.hooks.families.base import Family, Prompt
 from vtprune.hooks.planner import Planner
 from vtprune.hooks.prefill import Prefill
 from vtprune.hooks.probe import attach_probe
 from vtprune.hooks.rows import Rows
-from vtprune.hooks.tower import TowerCall, TowerRun, read_departures
+from vtprune.hooks.tower_hooks import TowerHooks
 from vtprune.hooks.validate import check_call, check_drafts, watched_blocks
 from vtprune.plan import Plan
 from vtprune.report import Report
@@ -38,8 +39,7 @@ class _Calls(threading.local):
     """The calls now in progress in this thread."""
 
     decoder: Step | Prefill | None = None
-    tower: TowerCall | None = None
-    last_tower: TowerRun | None = None
+    whole: Prompt | None = None  # of a call that prunes nothing
 
 
 class Session:
@@ -58,7 +58,8 @@ class Session:
         self._report: Report | None = None
         self._undo: list[Callable[[], object]] = []
         self._root_signature = inspect.signature(type(self._parts.root).forward)
-        self._tower_stages = self.plan.at("vision")
+        shown = self._parts.tower if self.geometry.vision is not None else None
+        self._tower = None if shown is None else TowerHooks(shown, family, planner)
         self._model = weakref.ref(model)
         other = _sessions.get(self._parts.root)
         if other is not None:
@@ -119,7 +120,7 @@ class Session:
             # always_call: an exception inside must not leave a call's state behind
             self._undo.append(module.register_forward_hook(untraced, with_kwargs=True, always_call=True).remove)
 
-        self._undo.append(remember_grids(parts.root, self._family))
+        self._undo.append(remember_grids(parts.root, self._family, self._tower and self._tower.encoding))
         pre(parts.root, self._on_root)
         post(parts.root, self._after_root)
         if self._planner.inactive:
@@ -136,29 +137,20 @@ class Session:
             pre(layer, self._on_layer(index))
         for block, scorers in watched_blocks(self.plan, "layer").items():
             module = self._family.attention(parts.layers[block])
-            self._undo.append(attach_probe(module, self._observer("decoder", block, scorers)))
-        if not self._tower_stages or parts.tower is None or parts.projector is None:
-            return
-        pre(parts.tower, self._on_tower)
-        post(parts.tower, self._after_tower)
-        post(parts.projector, self._after_projector)
-        for index, block in enumerate(parts.blocks):
-            pre(block, self._on_block(index))
-        for block, scorers in watched_blocks(self.plan, "vision").items():
-            module = self._family.attention(parts.blocks[block])
-            self._undo.append(attach_probe(module, self._observer("tower", block, scorers)))
+            self._undo.append(attach_probe(module, self._observer(block, scorers)))
+        if self._tower is not None:
+            self._tower.attach(pre, post, self._undo)
 
     def _pruned_rows(self) -> Rows | None:
         call = self._calls.decoder
         return call.rows if isinstance(call, Prefill) and call.pruned else None
 
-    def _observer(self, side: str, block: int, scorers: Sequence[Scorer]) -> Callable[..., None]:
+    def _observer(self, block: int, scorers: Sequence[Scorer]) -> Callable[..., None]:
         calls = self._calls
 
         def observe(*states: Any) -> None:
-            call = calls.tower if side == "tower" else calls.decoder
-            if isinstance(call, (Prefill, TowerCall)):
-                call.observe(block, scorers, *states)
+            if isinstance(calls.decoder, Prefill):
+                calls.decoder.observe(block, scorers, *states)
 
         return observe
 
@@ -171,7 +163,7 @@ class Session:
 
     def _on_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls = self._calls
-        calls.decoder = None
+        calls.decoder = calls.whole = None
         arguments = kwargs
         if args:
             arguments = dict(self._root_signature.bind_partial(module, *args, **kwargs).arguments)
@@ -187,14 +179,15 @@ class Session:
             if record is not None:
                 calls.decoder = Step(self._parts, record, prompt)
             elif prompt.visual is not None:
-                self._report = report_full(self.geometry, prompt, None, self._itemsize())
+                self._report = report_full(self.geometry, prompt, (0, 0), self._itemsize())
             return
         plans = self._plans(prompt)
         acts = any(s.count(n) < n for p, n in zip(plans, prompt.counts, strict=True) for s in p.stages)
-        if not acts and record is None:
-            self._report = report_full(self.geometry, prompt, self._tower_run(prompt), self._itemsize())
+        left = None if self._tower is None else self._tower.left(prompt)
+        if not acts and left in (None, list(prompt.counts)) and record is None:
+            calls.whole = prompt
             return
-        check_call(module, prompt, plans, self._tower_stages)
+        check_call(module, prompt, plans)
         layout = prompt.layout(real_positions(prompt))
         calls.decoder = Prefill(self._parts, prompt, layout, plans, want_scores=self._record_scores)
 
@@ -206,25 +199,20 @@ class Session:
     def _after_root(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         calls = self._calls
         call, calls.decoder = calls.decoder, None
+        if calls.whole is not None and output is not None:
+            self._report = report_full(self.geometry, calls.whole, self._tower_flops(), self._itemsize())
         if not isinstance(call, Prefill) or output is None:
             return
         cache = getattr(output, "past_key_values", None)
         if cache is not None and (call.pruned or record_of(cache) is not None):
             write_record(cache, call.record())
-        self._report = report_pruned(self.geometry, call, self._tower_run(call.prompt), self._itemsize())
+        self._report = report_pruned(self.geometry, call, self._tower_flops(), self._itemsize())
 
     def _itemsize(self) -> int:
         return next(self._parts.text_model.parameters()).element_size()
 
-    def _tower_run(self, prompt: Prompt) -> TowerRun | None:
-        run, self._calls.last_tower = self._calls.last_tower, None
-        if run is not None:
-            return run
-        tower = self.geometry.vision
-        if tower is None or self._tower_stages:
-            return None
-        rows = tower.patches + int(tower.has_cls)
-        return TowerRun(prompt.carried, (rows,) * tower.blocks)
+    def _tower_flops(self) -> tuple[int, int]:
+        return (0, 0) if self._tower is None else self._tower.flops()
 
     # text model and decoder layers
 
@@ -234,10 +222,10 @@ class Session:
             return None
         if isinstance(call, Step):
             return args, call.text(kwargs)
-        left = None
-        if self._tower_stages:
+        left, expected = None, None if self._tower is None else self._tower.left(call.prompt)
+        if expected is not None:
             index = call.layout.position[..., None].expand(-1, -1, kwargs["inputs_embeds"].shape[-1])
-            left = read_departures(kwargs["inputs_embeds"].gather(1, index), call.alive.valid)
+            left = read_departures(kwargs["inputs_embeds"].gather(1, index), call.alive.valid), expected
         return args, call.text(kwargs, left)
 
     def _after_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -263,34 +251,5 @@ class Session:
             if args:
                 return (hidden, *args[1:]), arguments
             return args, {**arguments, "hidden_states": hidden}
-
-        return hook
-
-    # vision tower
-
-    def _on_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        calls, tower = self._calls, self.geometry.vision
-        calls.tower = calls.last_tower = None
-        if tower is not None:
-            side = int(tower.patches**0.5)
-            calls.tower = TowerCall(self._parts, tower, self._tower_stages, (side, side))
-
-    def _after_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if output is None:
-            self._calls.tower = None
-
-    def _after_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        call, self._calls.tower = self._calls.tower, None
-        if call is None or output is None:
-            return None
-        self._calls.last_tower = call.run()
-        return call.features(output)
-
-    def _on_block(self, index: int) -> Callable[..., Any]:
-        calls = self._calls
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            call = calls.tower
-            return None if call is None else call.block(index, args[0], args[1:], kwargs)
 
         return hook

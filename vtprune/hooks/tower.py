@@ -1,118 +1,126 @@
-"""Cuts inside the vision tower.
+"""One run of a vision tower that is cut.
 
-`generate` encodes the images before it calls the model, so a tower run knows its images but not the prompts they belong
-to. What left is therefore written into the features themselves: the projector's output is scattered back to one row a
-patch, and the row of a token that left is zero but for channel 0, which holds the ordinal (1, 2, ...) of the stage at
-which it left. The rows travel with the features through beam expansion, caching and copies, and are dropped before the
-decoder sees them.
+Tokens leave as whole cells: all patches that the host merges into one token, or none. An image (or video) keeps what
+the plan says of its own tokens, dealt to its crops (or frames) in proportion. Patches that no token is made of, such as
+the padding that LLaVA-NeXT cuts off later, leave at the first cut.
 
-Axes: B images, M rows of the shortened tower (CLS included), V patches still alive, N patches of a full image.
+Axes: U units (images, crops, frames), M rows of a unit, V cells still alive, c patches of a cell, S projector rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
-from vtprune.budget import VisionGeometry
+from vtprune.budget import Geometry
+from vtprune.cells import split_in_proportion
 from vtprune.contract import AttentionView, Scorer
-from vtprune.hooks.alive import Alive, cut_counts, make_cut, observe_all
+from vtprune.cost import vision_flops
+from vtprune.errors import BudgetError, HostContractError, InputError
+from vtprune.hooks.alive import Alive, make_cut, observe_all
 from vtprune.hooks.call import check_per_token
-from vtprune.hooks.families.base import Parts
-from vtprune.kernels.keep_tokens import keep_tokens
+from vtprune.hooks.departures import Departures
+from vtprune.hooks.tower_rows import TowerRows
+from vtprune.hooks.units import Medium, Tower
 from vtprune.plan import Stage
 
-__all__ = ["TowerCall", "TowerRun", "read_departures"]
-
-
-@dataclass(frozen=True)
-class TowerRun:
-    """What a finished tower run executed, for the report.
-
-    Attributes:
-        images: images encoded.
-        lengths: rows (CLS included) that entered each block, the projector's input last.
-    """
-
-    images: int
-    lengths: tuple[int, ...]
-
-
-def read_departures(features: Tensor, valid: Tensor) -> Tensor:
-    """[B, V, D] visual embeddings -> [B, V] ordinal of the tower stage at which each token left, 0 for survivors."""
-    gone = (features[..., 1:] == 0).all(-1) & valid
-    return torch.where(gone, features[..., 0].float().round().long(), 0)
+__all__ = ["TowerCall"]
 
 
 class TowerCall:
-    """State of one run of the vision tower."""
+    """State of one run.
 
-    def __init__(self, parts: Parts, vision: VisionGeometry, stages: Sequence[Stage], grid: tuple[int, int]) -> None:
-        self.parts, self.vision, self.grid = parts, vision, grid
-        self._stages = {stage.site.index: (ordinal, stage) for ordinal, stage in enumerate(stages, start=1)}
-        self._alive: Alive | None = None
-        self._departed: Tensor | None = None
+    Raises:
+        InputError: if the tower cannot be cut on one of the images.
+        BudgetError: if an image must keep more tokens than the budget gives it.
+    """
+
+    def __init__(
+        self, geometry: Geometry, tower: Tower, media: Sequence[Medium], stages_of: Callable[[int], Sequence[Stage]]
+    ) -> None:
+        """`stages_of` gives the tower's stages for an image of so many tokens; they differ in counts only."""
+        mixed = next((medium.mixed for medium in media if medium.mixed), "")
+        if mixed:
+            raise InputError(mixed)
+        self._geometry, self._tower = geometry, tower
+        self._units = [unit for medium in media for unit in medium.units]
+        self._has_cls = geometry.vision is not None and geometry.vision.has_cls
+        plans = [stages_of(medium.tokens) for medium in media]
+        self._stages = {stage.site.index: (ordinal, stage) for ordinal, stage in enumerate(plans[0], start=1)}
+        # survivors of each unit, by ordinal
+        self._targets = {
+            ordinal: [n for medium, plan in zip(media, plans, strict=True) for n in _deal(medium, plan[ordinal - 1])]
+            for ordinal, _ in self._stages.values()
+        }
+        self._cells = Alive.all_of([unit.cells for unit in self._units], torch.device("cpu"))
+        self._rows: TowerRows | None = None
+        self._departures = Departures(self._units, torch.device("cpu"))
         self._mask: Any = None
+        self._laid_out: tuple[int, ...] = ()
+        self._read: list[tuple[Tensor, Tensor, Tensor]] = []
+        # what was executed: rows and query-key products of each block, rows of the projector and its copies
         self._lengths: list[int] = []
+        self._pairs: list[int] = []
+        self._projected = 0
 
-    def block(self, index: int, hidden: Tensor, rest: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
-        """What tower block `index` runs on; None leaves it as the host has it."""
-        if self._alive is None:
-            patches = hidden.shape[1] - int(self.vision.has_cls)
-            self._alive = Alive.all_of([patches] * hidden.shape[0], hidden.device)
-            self._departed = torch.zeros(hidden.shape[0], patches, dtype=torch.long, device=hidden.device)
+    def _start(self, hidden: Tensor) -> TowerRows:
+        if self._rows is not None:
+            raise HostContractError(
+                "the vision tower ran twice for one set of images, which vtprune does not know. Please report it with "
+                "your transformers version."
+            )
+        self._rows = rows = TowerRows(self._units, int(self._has_cls), self._tower.packing, hidden.device)
+        rows.check(hidden)
+        self._cells = Alive.all_of(self._cells.counts, hidden.device)
+        self._departures = Departures(self._units, hidden.device)
+        return rows
+
+    # blocks
+
+    def block(self, index: int, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What tower block `index` runs on, its states first; None leaves it as the host has it."""
+        rows = self._rows if index else self._start(hidden)
+        if rows is None:
+            return None
         cut = self._stages.get(index - 1)
         if cut is not None:
-            check_per_token(arguments, hidden.shape[1], f"tower block {index}")
-            hidden = self._cut(*cut, hidden)
-        self._lengths.append(hidden.shape[1])
-        if cut is None and self._mask is None:
-            return None
-        # the host passes the mask by position; without padding it stays None
-        return (hidden, self._mask if self._mask is not None else rest[0] if rest else None, *rest[1:]), arguments
+            check_per_token(named, hidden.shape[-2], f"tower block {index}")
+            hidden = self._cut(*cut, hidden, rows)
+        if rows.pruned:
+            rest, named = rows.arguments(rest, named)
+        self._lengths.append(rows.total)
+        self._pairs.append(rows.pairs(named))
+        return ((hidden, *rest), named) if rows.pruned else None
 
-    def _cut(self, ordinal: int, stage: Stage, hidden: Tensor) -> Tensor:
-        alive, departed = self._alive, self._departed
-        if alive is None or departed is None:
+    def attention(self, named: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of a block's attention where a unit is a row of a batch; None leaves them."""
+        if self._rows is None or not self._rows.pruned or self._tower.packing != "padded":
+            return None
+        return {**named, "attention_mask": self._mask}
+
+    def _cut(self, ordinal: int, stage: Stage, hidden: Tensor, rows: TowerRows) -> Tensor:
+        cells = self._cells
+        keep = [min(target, now) for target, now in zip(self._targets[ordinal], cells.counts, strict=True)]
+        if keep == cells.counts:
             return hidden
-        keep = cut_counts(stage, [departed.shape[1]] * len(alive.counts), alive.counts)
-        if keep == alive.counts:
+        grids = [[unit.grid] for unit in self._units]
+        after = make_cut(stage, cells, rows.states(hidden, cells), keep, None, grids, ((),) * len(keep), False).alive
+        if after.counts == cells.counts:
             return hidden
-        first = int(self.vision.has_cls)
-        grids = [[self.grid]] * len(alive.counts)
-        after = make_cut(stage, alive, hidden[:, first:], keep, None, grids, (), False)
-        if after.alive.counts == alive.counts:
-            return hidden
-        survivors = torch.zeros_like(departed)
-        survivors.scatter_add_(1, after.alive.original, after.alive.valid.long())
-        self._departed = torch.where((departed == 0) & (survivors == 0), ordinal, departed)
-        index = after.index + first
-        if first:
-            index = torch.cat([torch.zeros_like(index[:, :1]), index], 1)
-        self._alive = after.alive
-        hidden = keep_tokens([hidden], index)[0]
-        counts = after.alive.counts
-        if any(n != max(counts) for n in counts):
-            self._mask = create_bidirectional_mask(
-                config=self.parts.tower.config,  # type: ignore[union-attr, arg-type]
-                inputs_embeds=hidden,
-                attention_mask=self._real(),
-            )
+        self._departures.note(ordinal, cells, after)
+        self._cells = after
+        hidden = rows.keep(after, hidden)
+        real = rows.real()
+        if real is not None and self._tower.packing == "padded":
+            config: Any = self._tower.module.config
+            self._mask = create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=real)
         else:
             self._mask = None
         return hidden
-
-    def _real(self) -> Tensor:
-        """[B, M] False at padding."""
-        valid = self._alive.valid  # type: ignore[union-attr]
-        if not self.vision.has_cls:
-            return valid
-        return torch.cat([torch.ones_like(valid[:, :1]), valid], 1)
 
     def observe(
         self,
@@ -125,45 +133,84 @@ class TowerCall:
         softcap: float | None,
     ) -> None:
         """Show a block's attention (see `Observer`) to the scorers that asked for it."""
-        alive = self._alive
-        if alive is None:
+        rows = self._rows
+        if rows is None:
             return
-        first = int(self.vision.has_cls)
-        padded = any(n != alive.original.shape[1] for n in alive.counts)
-        real = self._real()
-        if first:
-            rows, values = query[:, :, :1], value[:, :, :1]
+        if self._tower.packing != "padded":
+            # backends without variable lengths are called once a segment
+            self._read.append((query, key, value))
+            if sum(part[0].shape[2] for part in self._read) < rows.total:
+                return
+            query, key, value = (rows.spread(torch.cat(parts, 2)) for parts in zip(*self._read, strict=True))
+            self._read.clear()
+        real = rows.real()
+        if self._has_cls:
+            asked, values = query[:, :, :1], value[:, :, :1]
         else:
-            weight = (real / real.sum(1, keepdim=True)).to(query.dtype)[:, None, None]
-            rows, values = weight @ query, weight @ value
-        width = alive.original.shape[1]
+            weight = torch.ones_like(rows.rows.original, dtype=torch.bool) if real is None else real
+            weight = (weight / weight.sum(1, keepdim=True)).to(query.dtype)[:, None, None]
+            asked, values = weight @ query, weight @ value
         view = AttentionView(
             block=block,
-            query=rows,
+            query=asked,
             key=key,
             value=value,
             scaling=scaling,
             softcap=softcap,
-            real=real if padded else None,
-            column=torch.arange(first, first + width, device=key.device).expand(len(alive.counts), -1),
-            valid=alive.valid,
+            real=real,
+            column=rows.columns(self._cells),
+            valid=rows.patches(self._cells.valid),
             query_value=values,
-            has_cls=bool(first),
+            has_cls=self._has_cls,
         )
-        observe_all(scorers, view, alive)
+        observe_all(scorers, view, self._cells, rows.cell)
 
-    def features(self, projected: Tensor) -> Tensor:
-        """[B, V, D] projector output -> [B, N, D] with the departed marked (see the module's docstring)."""
-        alive, departed = self._alive, self._departed
-        if alive is None or departed is None or bool((departed == 0).all()):
-            return projected
-        marks = projected.new_zeros(*departed.shape, projected.shape[-1])
-        marks[..., 0] = departed.to(projected.dtype)
-        # padding of the V axis is written to a spare row behind the last one
-        spare = torch.cat([marks, marks[:, :1]], 1)
-        index = alive.original.masked_fill(~alive.valid, departed.shape[1])
-        return spare.scatter(1, index[..., None].expand_as(projected), projected)[:, :-1]
+    # after the blocks
 
-    def run(self) -> TowerRun:
-        """What was executed."""
-        return TowerRun(0 if self._departed is None else self._departed.shape[0], tuple(self._lengths))
+    def laid_out(self, states: Tensor) -> Tensor:
+        """The tower's output with a row for every patch again, zeros where one left."""
+        return states if self._rows is None or not self._rows.pruned else self._rows.full(states)
+
+    def before_projector(self, states: Tensor) -> Tensor | None:
+        """[..., W] rows of all visual tokens, S in all -> [K, W] of those that are left; None leaves them."""
+        kept = self._departures.kept
+        self._laid_out = tuple(states.shape[:-1])
+        return None if kept is None else states.reshape(-1, states.shape[-1])[kept]
+
+    def after_projector(self, features: Tensor) -> Tensor | None:
+        """[K, D] -> [..., D] with what left marked (see `departures`); None leaves them."""
+        self._projected += features.numel() // features.shape[-1]
+        if self._departures.kept is None:
+            return None
+        full = self._departures.scatter(features, marked=True)
+        return full.view(*self._laid_out, -1) if self._laid_out else full
+
+    def after_tap(self, features: Tensor) -> Tensor:
+        """[K, D] features of an earlier block -> [S, D]."""
+        self._projected += len(features)
+        return self._departures.scatter(features)
+
+    def flops(self) -> int:
+        """FLOPs of the tower and of what follows it up to the decoder, as executed."""
+        patches = sum(unit.patches for unit in self._units)
+        return vision_flops(
+            self._geometry,
+            self._lengths,
+            patches,
+            pairs=self._pairs,
+            projected=self._projected,
+            merged=self._departures.total,
+        )
+
+
+def _deal(medium: Medium, stage: Stage) -> list[int]:
+    """How many cells of each unit of `medium` survive `stage`."""
+    wanted = stage.count(medium.tokens) - medium.others
+    if wanted < 1 <= medium.others:
+        raise BudgetError(
+            f"keep={stage.keep} leaves {wanted + medium.others} of an image's {medium.tokens} tokens at {stage.site}, "
+            f"but its {medium.others} newline tokens are not made in the tower and stay. Keep more than that, or use a "
+            "method that cuts at 'input' or later.",
+            floor=medium.others + 1,
+        )
+    return split_in_proportion(wanted, [unit.cells for unit in medium.units])

@@ -12,7 +12,7 @@ from vtprune.errors import InputError, PlanError, UnsupportedModelError
 from vtprune.hooks.families.base import Prompt
 from vtprune.plan import Plan, Stage
 
-__all__ = ["check_call", "check_drafts", "check_plan", "watched_blocks"]
+__all__ = ["check_call", "check_counts", "check_drafts", "check_plan", "watched_blocks"]
 
 
 def check_plan(plan: Plan, geometry: Geometry) -> None:
@@ -77,7 +77,22 @@ def watched_blocks(plan: Plan, kind: str) -> dict[int, list[Scorer]]:
     return watched
 
 
-def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan], tower_stages: Sequence[Stage]) -> None:
+def check_counts(prompt: Prompt, tower_stages: Sequence[Stage]) -> None:
+    """Check that the tower, which knows no prompts, can keep so many tokens a prompt.
+
+    Raises:
+        InputError: with what to pass instead.
+    """
+    counted = [s for s in tower_stages if isinstance(s.keep, int)]
+    if counted and prompt.carried != sum(n > 0 for n in prompt.counts):
+        raise InputError(
+            f"keep={counted[-1].keep} counts tokens a sample, but the tower cuts before it is known which of the "
+            f"{prompt.carried} images belong to which of the {len(prompt.counts)} prompts. With several images a "
+            "prompt (tiles and crops that are images to the model too), pass a fraction, such as keep=0.25."
+        )
+
+
+def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan]) -> None:
     """Check that this call can be pruned exactly.
 
     Raises:
@@ -100,13 +115,6 @@ def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan], tower_sta
             "activation (gradient) checkpointing runs layers a second time, when this call's pruning is gone. Call "
             "model.activation_checkpointing_disable() (gradient_checkpointing_disable() in older releases) to train "
             "with pruning."
-        )
-    counted = [s for s in tower_stages if isinstance(s.keep, int)]
-    if counted and prompt.carried != sum(n > 0 for n in prompt.counts):
-        raise InputError(
-            f"keep={counted[-1].keep} counts tokens a sample, but the tower cuts before it is known which of the "
-            f"{prompt.carried} images belong to which of the {len(prompt.counts)} prompts. With several images a "
-            "prompt, pass a fraction, such as keep=0.25."
         )
     if len({tuple(s.site for s in p.stages) for p in plans}) > 1:
         raise PlanError("the plans of the samples have different sites; a batch needs one plan.")

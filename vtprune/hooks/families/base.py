@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vtprune.budget import Geometry, VisionGeometry
+from vtprune.budget import Geometry
 from vtprune.errors import InputError, UnsupportedModelError
 from vtprune.hooks.placeholders import Grids, deal_images
-from vtprune.hooks.windows import Blocks, layer_windows
-from vtprune.layout import Layout
+from vtprune.hooks.units import Medium, Tower, Unit, raster
+from vtprune.hooks.windows import Blocks
+from vtprune.layout import ImageGrid, Layout
 from vtprune.registry import Registry
 
-__all__ = ["FAMILIES", "Family", "Grids", "Modality", "Parts", "Prompt", "decoder_geometry", "family_of"]
+__all__ = ["FAMILIES", "Family", "Grids", "Modality", "Parts", "Prompt", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Parts:
         layers: decoder layers; `attention(layer)` is each one's attention module.
         rotary: maps (hidden, position_ids) to (cos, sin).
         windows: sliding window of each decoder layer, see `Geometry`.
-        tower, blocks, projector: vision side, where the family opens it; a projector row is one visual token.
+        tower: the vision side, where the family opens it.
     """
 
     root: nn.Module
@@ -55,9 +56,7 @@ class Parts:
     layers: tuple[nn.Module, ...]
     rotary: nn.Module
     windows: tuple[int | None, ...] = ()
-    tower: nn.Module | None = None
-    blocks: tuple[nn.Module, ...] = ()
-    projector: nn.Module | None = None
+    tower: Tower | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Family(ABC):
 
     def attention(self, block: nn.Module) -> nn.Module:
         """The attention module of a tower block or decoder layer."""
-        return block.self_attn  # type: ignore[return-value]
+        return next(getattr(block, name) for name in ("self_attn", "attn", "attention") if hasattr(block, name))
 
     def modalities(self) -> tuple[Modality, ...]:
         """What the model sees; unless overridden images."""
@@ -170,6 +169,14 @@ class Family(ABC):
         Raises:
             InputError: if the arguments ask for a variant that pruning was not planned on, or sizes are missing.
         """
+
+    def media(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Medium]:
+        """What the tower makes of a call that carries pixels; unless overridden, a unit of each grid."""
+        return [Medium(tuple(self.unit(grid) for grid in grids)) for grids in self.grids(modality, arguments)]
+
+    def unit(self, grid: ImageGrid) -> Unit:
+        """How the tower orders the patches of a grid; unless overridden a token is a patch, row by row."""
+        return raster(grid.rows, grid.cols)
 
     def remember(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> None:
         """Note which grids the features have that `get_image_features(**arguments)` returned, if they do not tell."""
@@ -245,37 +252,6 @@ class Family(ABC):
         # transformers finds placeholders in embeddings the same way
         wanted = torch.tensor(token, device=embeds.device)  # type: ignore[union-attr]
         return (embeds == self._parts.text_model.get_input_embeddings()(wanted)).all(-1)  # type: ignore[operator]
-
-
-def decoder_geometry(
-    family: str,
-    text: Any,
-    visual_tokens: int,
-    *,
-    vision: VisionGeometry | None = None,
-    dynamic: bool = False,
-    rotary_axes: int = 1,
-) -> Geometry:
-    """Geometry of a decoder, from its config.
-
-    Raises:
-        UnsupportedModelError: if a layer neither slides nor attends to everything.
-    """
-    heads = text.num_attention_heads
-    return Geometry(
-        family=family,
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        heads=heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        intermediate=text.intermediate_size,
-        visual_tokens=visual_tokens,
-        vision=vision,
-        dynamic=dynamic,
-        rotary_axes=rotary_axes,
-        windows=layer_windows(family, text),
-    )
 
 
 FAMILIES: Registry[Family] = Registry("family", "vtprune.hooks.families")

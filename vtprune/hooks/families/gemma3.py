@@ -9,7 +9,8 @@ from typing import Any
 
 from vtprune.budget import Geometry
 from vtprune.errors import UnsupportedModelError
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, decoder_geometry
+from vtprune.hooks.decoder_geometry import decoder_geometry
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality
 from vtprune.hooks.windows import Blocks
 from vtprune.layout import ImageGrid
 

@@ -13,7 +13,8 @@ from torch import nn
 from vtprune.budget import Geometry
 from vtprune.cost import prefill_flops
 from vtprune.errors import UnsupportedModelError
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts, decoder_geometry
+from vtprune.hooks.decoder_geometry import decoder_geometry
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
 from vtprune.layout import ImageGrid
 
 _EXAMPLE = 16 * 16  # tokens of an image where the config names none

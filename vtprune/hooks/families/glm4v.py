@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+from vtprune.budget import VisionGeometry
 from vtprune.hooks.families.base import FAMILIES, Modality
 from vtprune.hooks.families.qwen2_vl import Qwen2VL
 
@@ -13,6 +17,16 @@ class Glm4v(Qwen2VL):
     name = "glm4v"
     model_types = ("glm4v",)
     summary = "Glm4vForConditionalGeneration (dynamic resolution, M-RoPE, video)"
+
+    @classmethod
+    def vision(cls, vision: Any) -> VisionGeometry:
+        """See `Qwen2VL.vision`. The blocks' own width is called that of the output."""
+        out = vision.out_hidden_size
+        first = vision.hidden_size * vision.spatial_merge_size**2
+        # a convolution over the cell, a square layer, and three of the same size (gate, up, down), counted as one
+        return dataclasses.replace(
+            super().vision(vision), intermediate=out, projector=(first, out, out, 3 * vision.intermediate_size)
+        )
 
     def modalities(self) -> tuple[Modality, ...]:
         """See `Family.modalities`."""

@@ -8,10 +8,12 @@ from typing import Any
 
 from vtprune.budget import Geometry, VisionGeometry
 from vtprune.errors import InputError, UnsupportedModelError
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts, decoder_geometry
+from vtprune.hooks.decoder_geometry import decoder_geometry
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
+from vtprune.hooks.units import Tower
 from vtprune.layout import ImageGrid
 
-__all__ = ["Llava", "check_feature_layer", "clip_vision"]
+__all__ = ["Llava", "check_feature_layer", "clip_tower", "clip_vision", "feature_block"]
 
 _TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}  # model_type: has a CLS token
 _DECODERS = ("llama", "mistral", "qwen2")
@@ -39,16 +41,9 @@ def clip_vision(config: Any) -> VisionGeometry:
             f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a "
             f"{vision.model_type} tower does not give one token a patch; use {wanted!r} with this tower."
         )
-    layer, blocks = config.vision_feature_layer, vision.num_hidden_layers
-    if not isinstance(layer, int):
-        raise UnsupportedModelError(
-            f"vision_feature_layer must be one layer, got {layer}: features of several layers cannot be pruned "
-            "consistently."
-        )
     return VisionGeometry(
-        blocks=blocks,
-        # hidden_states[i] is the output of block i - 1, and there are blocks + 1 of them
-        feature_block=(layer if layer >= 0 else blocks + 1 + layer) - 1,
+        blocks=vision.num_hidden_layers,
+        feature_block=feature_block(config),
         hidden=vision.hidden_size,
         heads=vision.num_attention_heads,
         intermediate=vision.intermediate_size,
@@ -57,6 +52,30 @@ def clip_vision(config: Any) -> VisionGeometry:
         patch_dim=vision.num_channels * vision.patch_size**2,
         projector=(vision.hidden_size, text.hidden_size, text.hidden_size),
     )
+
+
+def feature_block(config: Any) -> int:
+    """The tower block whose output the projector reads.
+
+    Raises:
+        UnsupportedModelError: if it reads several.
+    """
+    layer, blocks = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int):
+        raise UnsupportedModelError(
+            f"vision_feature_layer must be one layer, got {layer}: features of several layers cannot be pruned "
+            "consistently."
+        )
+    # hidden_states[i] is the output of block i - 1, and there are blocks + 1 of them
+    return (layer if layer >= 0 else blocks + 1 + layer) - 1
+
+
+def clip_tower(root: Any) -> Tower:
+    """The tower that `clip_vision` describes, and the projector behind it."""
+    tower = root.vision_tower
+    # the tower lost one level of nesting between transformers releases
+    encoder = getattr(tower, "encoder", None) or tower.vision_model.encoder
+    return Tower(tower, tuple(encoder.layers), root.multi_modal_projector)
 
 
 def check_feature_layer(config: Any, arguments: Mapping[str, Any]) -> None:
@@ -90,15 +109,7 @@ class Llava(Family):
 
     def find_parts(self, root: Any) -> Parts:
         """See `Family.find_parts`."""
-        tower = root.vision_tower
-        # the tower lost one level of nesting between transformers releases
-        encoder = getattr(tower, "encoder", None) or tower.vision_model.encoder
-        return dataclasses.replace(
-            super().find_parts(root),
-            tower=tower,
-            blocks=tuple(encoder.layers),
-            projector=root.multi_modal_projector,
-        )
+        return dataclasses.replace(super().find_parts(root), tower=clip_tower(root))
 
     def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
         """See `Family.grids`."""

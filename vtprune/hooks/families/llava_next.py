@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,13 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from vtprune.budget import Geometry
 from vtprune.errors import InputError
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, decoder_geometry
-from vtprune.hooks.families.llava import check_feature_layer, clip_vision
+from vtprune.hooks.decoder_geometry import decoder_geometry
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
+from vtprune.hooks.families.llava import check_feature_layer, clip_tower, clip_vision
+from vtprune.hooks.units import Medium, Unit, raster
 from vtprune.layout import ImageGrid
 
-__all__ = ["LlavaNext", "crop_rows_and_cols", "image_sizes"]
+__all__ = ["LlavaNext", "crop_rows_and_cols", "crop_units", "image_sizes"]
 
 
 def image_sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -32,23 +35,43 @@ def image_sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in sizes.tolist()]
 
 
-def crop_rows_and_cols(config: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, cols) of the tokens of all crops of one image, padding removed, newline tokens not counted.
-
-    Read off the functions that the host itself uses on the features.
-    """
+def _stitched(config: Any, size: tuple[int, int]) -> tuple[int, int, torch.Tensor]:
+    """Crops (down, across) of one image, and [rows, cols] the patches of all of them without padding, numbered row by
+    row over all crops. Read off the functions that the host itself uses on the features."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
-    rows, cols = unpad_image(torch.empty(1, down * side, across * side), torch.tensor(size)).shape[1:]
+    patches = torch.arange(down * across * side**2).view(1, down * side, across * side)
+    return down, across, unpad_image(patches, torch.tensor(size))[0]
+
+
+def crop_rows_and_cols(config: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) of the tokens of all crops of one image, padding removed, newline tokens not counted."""
+    rows, cols = _stitched(config, size)[2].shape
     return rows, cols
+
+
+def crop_units(config: Any, size: tuple[int, int]) -> tuple[Unit, ...]:
+    """What the tower makes of one image: itself as a whole, then its crops. Padding becomes no token."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    down, across, kept = _stitched(config, size)
+    rows, cols = kept[:, 0] // (across * side), kept[0] % (across * side)
+
+    def span(lines: torch.Tensor, crop: int) -> tuple[int, int]:
+        """First line of a crop that is kept, and how many are."""
+        mine = lines[lines // side == crop]
+        return (int(mine[0]) % side, len(mine)) if len(mine) else (0, 0)
+
+    parts = [(span(rows, r), span(cols, c)) for r in range(down) for c in range(across)]
+    return raster(side, side), *(raster(side, side, 1, (top, left, high, wide)) for (top, high), (left, wide) in parts)
 
 
 @FAMILIES.register("llava_next")
 class LlavaNext(Family):
     """`LlavaNextForConditionalGeneration`: a base grid and a grid of crops with newline tokens an image.
 
-    A newline token counts as a visual token and may be dropped like one; it covers no pixels.
+    A newline token counts as a visual token; in the decoder it may be dropped like one, but no cut in the tower drops
+    it. It covers no pixels.
     """
 
     name = "llava_next"
@@ -61,7 +84,11 @@ class LlavaNext(Family):
         vision = clip_vision(config)
         rows, cols = crop_rows_and_cols(config, (2 * config.vision_config.image_size,) * 2)
         tokens = vision.patches + rows * (cols + 1)
-        return decoder_geometry(cls.name, config.text_config, tokens, dynamic=True)
+        return decoder_geometry(cls.name, config.text_config, tokens, vision=vision, dynamic=True)
+
+    def find_parts(self, root: Any) -> Parts:
+        """See `Family.find_parts`."""
+        return dataclasses.replace(super().find_parts(root), tower=clip_tower(root))
 
     def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
         """See `Family.grids`."""
@@ -72,3 +99,11 @@ class LlavaNext(Family):
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         rows, cols = crop_rows_and_cols(self.config, (size[0], size[1]))
         return ImageGrid(side, side), ImageGrid(rows, cols + 1, newline=True)
+
+    def media(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Medium]:
+        """See `Family.media`."""
+        sizes, grids = image_sizes(arguments), self.grids(modality, arguments)
+        # a newline stands behind each row of the second grid
+        return [
+            Medium(crop_units(self.config, size), others=mine[1].rows) for size, mine in zip(sizes, grids, strict=True)
+        ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from vtprune.hooks.families.base import FAMILIES, Grids, Modality
 from vtprune.hooks.families.llava import check_feature_layer
 from vtprune.hooks.families.llava_next import LlavaNext
+from vtprune.hooks.units import Medium, raster
 from vtprune.layout import ImageGrid
 
 
@@ -39,6 +40,15 @@ class LlavaNextVideo(LlavaNext):
         if isinstance(features, Tensor):
             return [self._video(features.shape[1] // self.frame_side() ** 2)] * len(features)
         return super().grids_of_features(features)
+
+    def media(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Medium]:
+        """See `Family.media`; the pooling of a frame stands between tower and projector and joins whole squares."""
+        if modality.name == "image":
+            return super().media(modality, arguments)
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        videos, frames = arguments[modality.pixels].shape[:2]
+        return [Medium((raster(side, side, self.config.spatial_pool_stride),) * frames)] * videos
 
     def frame_side(self) -> int:
         """Tokens along one side of a pooled frame."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vtprune.budget import Geometry
+from vtprune.budget import Geometry, VisionGeometry
 from vtprune.hooks.families.base import FAMILIES
 from vtprune.hooks.families.qwen2_vl import Qwen2VL
 
@@ -23,3 +23,8 @@ class Qwen3VL(Qwen2VL):
         """See `Family.geometry`."""
         added = len(config.vision_config.deepstack_visual_indexes)
         return dataclasses.replace(super().geometry(config), deepstack=added)
+
+    @classmethod
+    def vision(cls, vision: Any) -> VisionGeometry:
+        """See `Qwen2VL.vision`."""
+        return dataclasses.replace(super().vision(vision), mlp_matrices=2, taps=tuple(vision.deepstack_visual_indexes))

@@ -7,7 +7,8 @@ from typing import Any
 
 from vtprune.budget import Geometry
 from vtprune.errors import InputError, UnsupportedModelError
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, decoder_geometry
+from vtprune.hooks.decoder_geometry import decoder_geometry
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality
 from vtprune.hooks.families.llava import check_feature_layer, clip_vision
 from vtprune.layout import ImageGrid
 

@@ -1,0 +1,62 @@
+"""What the tower dropped, told to the decoder.
+
+`generate` encodes the images before it calls the model, so a tower run knows its images but not the prompts they belong
+to. What left is therefore written into the features themselves: the projector's output is scattered back to one row a
+visual token, and the row of a token that left is zero but for channel 0, which holds the ordinal (1, 2, ...) of the
+stage at which it left. The rows travel with the features through beam expansion, caching and copies, and are dropped
+before the decoder sees them.
+
+Axes: U units, V cells alive, S rows of the projector for all units, K of them left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtprune.hooks.alive import Alive
+from vtprune.hooks.units import Unit, table
+
+__all__ = ["Departures", "read_departures"]
+
+
+def read_departures(features: Tensor, valid: Tensor) -> Tensor:
+    """[B, V, D] visual embeddings -> [B, V] ordinal of the tower stage at which each token left, 0 for survivors."""
+    gone = (features[..., 1:] == 0).all(-1) & valid
+    return torch.where(gone, features[..., 0].float().round().long(), 0)
+
+
+class Departures:
+    """The projector's rows during one tower run. `kept` [K] are those of cells that are left, None while all are."""
+
+    def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
+        sizes = torch.tensor([unit.outputs for unit in units], device=device)
+        # [U, V] projector row of each cell, [S] when it left
+        self._row = table([unit.output for unit in units], device) + (sizes.cumsum(0) - sizes)[:, None]
+        self._ordinal = torch.zeros(sum(unit.outputs for unit in units), dtype=torch.long, device=device)
+        self.kept: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        """S."""
+        return len(self._ordinal)
+
+    def note(self, ordinal: int, before: Alive, after: Alive) -> None:
+        """The cells of `before` that `after` no longer has left at stage `ordinal`."""
+        self._ordinal[self._rows_of(before)] = ordinal
+        kept = self._rows_of(after)
+        self._ordinal[kept] = 0
+        # a projector inside the tower gets its rows in the order in which the tower has them
+        self.kept = kept.sort().values
+
+    def scatter(self, features: Tensor, *, marked: bool = False) -> Tensor:
+        """[K, D] -> [S, D]; rows that left hold zeros, or (`marked`) when they left."""
+        full = features.new_zeros(self.total, features.shape[-1])
+        if marked:
+            full[:, 0] = self._ordinal.to(full.dtype)
+        return features if self.kept is None else full.index_copy(0, self.kept, features)
+
+    def _rows_of(self, cells: Alive) -> Tensor:
+        return self._row.gather(1, cells.original)[cells.valid]

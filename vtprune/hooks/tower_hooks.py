@@ -1,0 +1,144 @@
+"""The hooks of one session on the vision side of its model."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtprune.errors import BudgetError
+from vtprune.hooks.accounting import unpruned_tower
+from vtprune.hooks.families.base import Family, Modality, Prompt
+from vtprune.hooks.planner import Planner
+from vtprune.hooks.probe import attach_probe
+from vtprune.hooks.tower import TowerCall
+from vtprune.hooks.units import Tower
+from vtprune.hooks.validate import check_counts, watched_blocks
+from vtprune.plan import Stage
+
+__all__ = ["TowerHooks"]
+
+Hook = Callable[[nn.Module, Callable[..., Any]], None]
+
+
+class _Runs(threading.local):
+    """What is being encoded in this thread, and FLOPs (as run, unpruned) of the last run of each modality."""
+
+    def __init__(self) -> None:
+        self.call: TowerCall | None = None
+        self.encoding = False
+        self.flops: dict[str, tuple[int, int]] = {}
+
+
+class TowerHooks:
+    """Cuts the tower whenever the model encodes images, and counts what it costs."""
+
+    def __init__(self, tower: Tower, family: Family, planner: Planner) -> None:
+        self._tower, self._family, self._planner = tower, family, planner
+        self._cuts = bool(planner.nominal.at("vision")) and not planner.inactive
+        self._runs = _Runs()
+
+    @contextlib.contextmanager
+    def encoding(self, modality: Modality, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Wraps the call that encodes the images (or videos) of `arguments`."""
+        runs, geometry = self._runs, self._planner.geometry
+        if runs.encoding:
+            # some hosts encode videos by way of their images
+            yield
+            return
+        media = self._family.media(modality, arguments)
+        full = unpruned_tower(geometry, self._tower, media)
+        if self._cuts and media:
+            runs.call = TowerCall(geometry, self._tower, media, self._stages)
+        runs.encoding = True
+        try:
+            yield
+            runs.flops[modality.name] = full if runs.call is None else runs.call.flops(), full
+        finally:
+            runs.call, runs.encoding = None, False
+
+    def flops(self) -> tuple[int, int]:
+        """FLOPs, as run and unpruned, of what was encoded since the last call; 0 if nothing was."""
+        mine, self._runs.flops = self._runs.flops, {}
+        return sum(part for part, _ in mine.values()), sum(full for _, full in mine.values())
+
+    def left(self, prompt: Prompt) -> list[int] | None:
+        """Visual tokens of each sample that leave the tower (the target, if the last stage is adaptive)."""
+        if not self._cuts:
+            return None
+
+        sizes = [[sum(grid.tokens for grid in grids) for grids in images] for images in prompt.images]
+        stages = {size: self._stages(size) for sample in sizes for size in sample}
+        check_counts(prompt, [stage for mine in stages.values() for stage in mine])
+        return [sum(stages[size][-1].count(size) for size in sample) for sample in sizes]
+
+    def _stages(self, tokens: int) -> tuple[Stage, ...]:
+        try:
+            return self._planner.tower(tokens)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{error} The tower encodes images before it is known which prompt they belong to, so an image (also a "
+                "tile or crop that is one to the model) is counted by itself; pass a fraction, such as keep=0.25.",
+                floor=error.floor,
+            ) from error
+
+    def attach(self, pre: Hook, post: Hook, undo: list[Callable[[], object]]) -> None:
+        """Add the hooks with `pre` and `post`; what else must be undone goes to `undo`."""
+        if not self._cuts:
+            return
+        tower, runs = self._tower, self._runs
+        for index, block in enumerate(tower.blocks):
+            pre(block, self._on_block(index))
+            if tower.packing == "padded":
+                pre(self._family.attention(block), self._on_attention)
+        if tower.packing != "segments":
+            post(tower.module, self._after_tower)
+            pre(tower.projector, self._on_projector)
+        post(tower.projector, self._after_projector)
+        for tap in tower.taps:
+            post(tap, self._after_tap)
+        for block, scorers in watched_blocks(self._planner.nominal, "vision").items():
+
+            def observe(*seen: Any, block: int = block, scorers: Any = scorers) -> None:
+                if runs.call is not None:
+                    runs.call.observe(block, scorers, *seen)
+
+            undo.append(attach_probe(self._family.attention(tower.blocks[block]), observe))
+
+    def _on_block(self, index: int) -> Callable[..., Any]:
+        runs = self._runs
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return None if runs.call is None else runs.call.block(index, args[0], args[1:], kwargs)
+
+        return hook
+
+    def _on_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        changed = None if self._runs.call is None else self._runs.call.attention(kwargs)
+        return None if changed is None else (args, changed)
+
+    def _after_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        call, vision = self._runs.call, self._planner.geometry.vision
+        if call is None or vision is None or output is None:
+            return None
+        output.last_hidden_state = call.laid_out(output.last_hidden_state)
+        # entry 0 is what entered the first block
+        read, recorded = vision.feature_block + 1, getattr(output, "hidden_states", None)
+        if recorded is not None and recorded[read] is not None:
+            output.hidden_states = tuple(call.laid_out(s) if i == read else s for i, s in enumerate(recorded))
+        return output
+
+    def _on_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rows = None if self._runs.call is None else self._runs.call.before_projector(args[0])
+        return None if rows is None else ((rows, *args[1:]), kwargs)
+
+    def _after_projector(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor | None) -> Tensor | None:
+        call = self._runs.call
+        return None if call is None or output is None else call.after_projector(output)
+
+    def _after_tap(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor | None) -> Tensor | None:
+        call = self._runs.call
+        return None if call is None or output is None else call.after_tap(output)

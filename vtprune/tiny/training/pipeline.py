@@ -10,14 +10,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from vtprune.tiny.training.recipe import Recipe
+
 _LOGGER = logging.getLogger(__name__)
 
 
-def run_phase(name: str, seed: int, folder: Path) -> None:
+def run_phase(name: str, recipe: Recipe, folder: Path) -> None:
     """Runs one training phase and notes its wall time; the imports are per process."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from vtprune.tiny.training.recipe import Recipe
-
     start = time.monotonic()
     if name == "vision":
         from vtprune.tiny.training.phase_vision import train_vision as work
@@ -25,20 +25,20 @@ def run_phase(name: str, seed: int, folder: Path) -> None:
         from vtprune.tiny.training.phase_symbolic import train_symbolic as work
     else:
         from vtprune.tiny.training.phase_joint import train_joint as work
-    work(Recipe(seed=seed), folder)
+    work(recipe, folder)
     wall = round(time.monotonic() - start, 1)
     (folder / f"{name}.wall.json").write_text(json.dumps(wall), encoding="utf-8")
     _LOGGER.info("%s took %s s", name, wall)
 
 
-def train(phase: str, seed: int, folder: Path) -> None:
+def train(phase: str, recipe: Recipe, folder: Path) -> None:
     """ViT and decoder are independent at first and run at the same time; the joint phase uses all processes."""
     early = [name for name in ("vision", "symbolic") if phase in ("all", name)]
     with ProcessPoolExecutor(len(early) or 1, mp_context=get_context("spawn")) as pool:
-        for running in [pool.submit(run_phase, name, seed, folder) for name in early]:
+        for running in [pool.submit(run_phase, name, recipe, folder) for name in early]:
             running.result()
     if phase in ("all", "joint"):
-        run_phase("joint", seed, folder)
+        run_phase("joint", recipe, folder)
 
 
 def _measure_part(part: str, folder: Path, split: str, quick: bool) -> Any:

@@ -41,7 +41,7 @@ def train(phase: str, recipe: Recipe, folder: Path) -> None:
         run_phase("joint", recipe, folder)
 
 
-def _measure_part(part: str, folder: Path, split: str, quick: bool) -> Any:
+def _measure_part(part: str, model: str, folder: Path, split: str, quick: bool) -> Any:
     import torch
 
     from vtprune.tiny.training import evaluation, generation
@@ -51,38 +51,37 @@ def _measure_part(part: str, folder: Path, split: str, quick: bool) -> Any:
     sample = evaluation.Sample(split)
     sample = evaluation.quick(sample) if quick else sample
     if part == "generated":
-        return generation.measure_generation(folder / "llava", sample)
-    model = load_trained(folder / "joint.pt")
+        return generation.measure_generation(folder / model, sample)
+    vlm = load_trained(model, folder / "joint.pt")
     measures = {
         "packed": evaluation.measure_packed,
         "rows": evaluation.measure_rows,
         "depth": evaluation.measure_depth,
     }
-    return measures[part](model, sample)
+    return measures[part](vlm, sample)
 
 
-def measure(folder: Path, split: str, quick: bool) -> None:
+def measure(model: str, folder: Path, split: str, quick: bool) -> None:
     """Writes results-SPLIT.json: every number of the card, from the trained weights and the exported folder."""
     parts = ("packed", "rows", "depth", "generated")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        running = {part: pool.submit(_measure_part, part, folder, split, quick) for part in parts}
+        running = {part: pool.submit(_measure_part, part, model, folder, split, quick) for part in parts}
         results = {part: future.result() for part, future in running.items()}
     name = f"results-{split}{'-quick' if quick else ''}.json"
     (folder / name).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-def write(folder: Path, seed: int, split: str, quick: bool) -> None:
+def write(recipe: Recipe, folder: Path, split: str, quick: bool) -> None:
     """Writes MODEL_CARD.md, curves.png and the learning curves beside the exported weights."""
     from vtprune.tiny.training import card, evaluation, plots
-    from vtprune.tiny.training.recipe import Recipe
 
     name = f"results-{split}{'-quick' if quick else ''}.json"
     results = json.loads((folder / name).read_text(encoding="utf-8"))
-    results["facts"] = card.collect_facts(folder, results)
+    results["facts"] = card.collect_facts(recipe.model, folder, results)
     sample = evaluation.Sample(split)
     sample = evaluation.quick(sample) if quick else sample
-    shipped = folder / "llava"
-    (shipped / "MODEL_CARD.md").write_text(card.write_card(results, Recipe(seed=seed), sample), encoding="utf-8")
-    plots.draw_curves(folder, results, shipped / "curves.png")
+    shipped = folder / recipe.model
+    (shipped / "MODEL_CARD.md").write_text(card.write_card(results, recipe, sample), encoding="utf-8")
+    plots.draw_curves(recipe.model, folder, results, shipped / "curves.png")
     for log in ("vision", "symbolic", "joint"):
         (shipped / f"{log}.jsonl").write_text((folder / f"{log}.jsonl").read_text(encoding="utf-8"), encoding="utf-8")

@@ -77,11 +77,11 @@ class Recipe:
 
 
 # these start from the shipped LLaVA and have a third of its visual tokens, all of which they see throughout
-_WARM = Recipe(symbolic_full_steps=0, symbolic_tokens=0, joint_subset_steps=0, joint_steps=800)
+_WARM = Recipe(symbolic_full_steps=0, symbolic_tokens=0, joint_subset_steps=0, joint_steps=650)
 _RECIPES = {
     "llava": Recipe(),
-    "qwen2_vl": replace(_WARM, vision_steps=1200, symbolic_steps=1000, symbolic_rate=1e-3),
-    "internvl": replace(_WARM, vision_steps=500, vision_rate=1e-3, symbolic_steps=700, symbolic_rate=8e-4),
+    "qwen2_vl": replace(_WARM, vision_steps=1000, symbolic_steps=700, symbolic_rate=1e-3),
+    "internvl": replace(_WARM, vision_steps=450, vision_rate=1e-3, symbolic_steps=350, symbolic_rate=8e-4),
 }
 
 

@@ -1,11 +1,12 @@
-"""The embedded tiny VLM: a real LLaVA (CLIP ViT with CLS + Llama), trained here from nothing, 3.7 M parameters."""
+"""The embedded tiny VLMs: real LLaVA, Qwen2-VL and InternVL classes, trained here, 3.7 to 4 M parameters each."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtprune.errors import UnknownNameError
+from vtprune.errors import UnknownNameError, VtpruneError
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["load_tiny", "tiny_folder"]
 
-_NAMES = ("llava",)
+_NAMES = ("llava", "qwen2_vl", "internvl")
+# their processors also know videos, which transformers reads with torchvision
+_NEED_TORCHVISION = ("qwen2_vl", "internvl")
 
 
 def tiny_folder(name: str = "llava") -> Path:
@@ -31,7 +34,9 @@ def load_tiny(name: str = "llava", *, dtype: torch.dtype | None = None) -> tuple
     """A shipped checkpoint with its processor, from the package's own files (no network).
 
     Args:
-        name: "llava": 128 px, 256 visual tokens, 12 decoder layers; see MODEL_CARD.md beside the weights.
+        name: "llava" (128 px, 256 visual tokens), "qwen2_vl" (any size from 144 px, 2x2 patches a token, M-RoPE) or
+            "internvl" (144 px, pixel shuffle, 81 visual tokens); 12 decoder layers each, see MODEL_CARD.md beside the
+            weights.
         dtype: of the loaded weights, default `torch.float32` (they are stored in fp16).
 
     Returns:
@@ -39,8 +44,14 @@ def load_tiny(name: str = "llava", *, dtype: torch.dtype | None = None) -> tuple
 
     Raises:
         UnknownNameError: if no checkpoint has this name; it is a ValueError and lists the legal ones.
+        VtpruneError: if its processor needs torchvision, which is not installed.
     """
     folder = tiny_folder(name)
+    if name in _NEED_TORCHVISION and importlib.util.find_spec("torchvision") is None:
+        raise VtpruneError(
+            f"the processor of the embedded {name!r} needs torchvision. Install the torchvision that belongs to your "
+            "torch, or use load_tiny('llava')."
+        )
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vtprune.budget import Budget, Geometry
     from vtprune.contract import Scorer
+    from vtprune.draw import draw_kept
     from vtprune.errors import BudgetError, InputError, PlanError, UnsupportedModelError, VtpruneError
     from vtprune.hooks import Session, geometry, prune
     from vtprune.layout import Layout
@@ -39,6 +40,7 @@ __all__ = [
     "UnsupportedModelError",
     "VtpruneError",
     "__version__",
+    "draw_kept",
     "families",
     "geometry",
     "load_tiny",
@@ -62,6 +64,7 @@ _HOMES = {
     "Stage": "vtprune.plan",
     "UnsupportedModelError": "vtprune.errors",
     "VtpruneError": "vtprune.errors",
+    "draw_kept": "vtprune.draw",
     "geometry": "vtprune.hooks",
     "load_tiny": "vtprune.tiny",
     "prune": "vtprune.hooks",

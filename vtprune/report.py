@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from vtprune.layout import Layout
 from vtprune.plan import Site
 
 __all__ = ["Kept", "Report"]
@@ -41,6 +42,7 @@ class Report:
         flops, flops_full: decoder prefill without the output head, as run and unpruned.
         vision_flops, vision_flops_full: tower and projector; 0 if they did not run in this call.
         kv_bytes, kv_bytes_full: keys and values after the prefill.
+        layout: which pixels each visual token covers; not part of `to_dict()`.
     """
 
     visual_tokens: tuple[int, ...]
@@ -53,6 +55,7 @@ class Report:
     vision_flops_full: int
     kv_bytes: int
     kv_bytes_full: int
+    layout: Layout | None = None
 
     @property
     def average_tokens(self) -> tuple[float, ...]:

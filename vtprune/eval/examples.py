@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 
+from vtprune.draw import Drawing, draw_kept
 from vtprune.eval.harness import Harness, Sample
 from vtprune.eval.rows import UNPRUNED_ROW, Row
 from vtprune.eval.runner import SweepResult
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
+    from vtprune.report import Report
 
-__all__ = ["Example", "Tile", "draw_kept", "make_examples"]
+__all__ = ["Example", "Tile", "make_examples"]
 
 _SIDE = 192
-_GREY = np.array([128.0, 128.0, 128.0])
-_FADE = 0.82
 
 
 @dataclass(frozen=True)
@@ -44,46 +42,27 @@ class Example:
     tiles: tuple[Tile, ...]
 
 
-def draw_kept(image: Image.Image, kept: Sequence[int], rows: int, cols: int) -> Image.Image:
-    """`image` with every cell of the rows x cols token grid faded to grey that is not in `kept`.
-
-    Args:
-        image: RGB.
-        kept: raster indices of the surviving tokens.
-        rows, cols: of the token grid.
-    """
-    side = (cols * max(1, _SIDE // cols), rows * max(1, _SIDE // rows))
-    pixels = np.asarray(image.resize(side, Image.Resampling.BICUBIC), np.float64)
-    alive = np.zeros(rows * cols, bool)
-    alive[list(kept)] = True
-    mask = np.kron(alive.reshape(rows, cols), np.ones((side[1] // rows, side[0] // cols)))[..., None]
-    faded = _FADE * _GREY + (1 - _FADE) * pixels
-    return Image.fromarray(np.where(mask > 0, pixels, faded).round().astype(np.uint8))
-
-
 def make_examples(result: SweepResult, harness: Harness, lm: VtpruneChat, per_task: int = 2) -> list[Example]:
     """The first images of each task under one budget, every method side by side.
 
-    The budget is the one in the middle of the sweep. Images that are cut into crops, or whose tokens do not
-    form one square grid, are left out.
+    The budget is the one in the middle of the sweep. Of an image that is cut into crops the finest grid is drawn.
+    Prompts with several images are left out.
     """
     rows = _one_budget(result.rows)
     examples = []
     for task in result.rows[0].tasks:
         for place, prompt in enumerate(harness.prompts(lm, task, per_task)):
             asked = _sample(result, UNPRUNED_ROW, task, place)
-            side = math.isqrt(asked.counts["visual_tokens"])
-            if len(prompt[1]) != 1 or side * side != asked.counts["visual_tokens"]:
+            if len(prompt[1]) != 1:
                 continue
             inputs = lm.encode([prompt])
-            if inputs["pixel_values"].shape[:2] != (1, 3):
-                continue
-            picture = _as_seen(inputs["pixel_values"][0], lm.processor.image_processor)
-            tiles = [_tile("unpruned", asked, draw_kept(picture, range(side * side), side, side))]
+            picture = _as_seen(inputs["pixel_values"], prompt[1][0], lm.processor.image_processor)
+            tiles = [_tile("unpruned", asked, picture)]
             for row in rows:
-                kept = _survivors(lm, row, inputs)
+                report = _report(lm, row, inputs)
+                drawn = max(draw_kept(report, [picture]), key=lambda drawing: _tokens(report, drawing))
                 sample = _sample(result, row.name, task, place)
-                tiles.append(_tile(f"{row.name} ({len(kept)})", sample, draw_kept(picture, kept, side, side)))
+                tiles.append(_tile(f"{row.name} ({len(report.kept[-1].indices[0])})", sample, drawn.picture))
             examples.append(Example(asked.question, asked.answer, tuple(tiles)))
     lm.detach()
     return examples
@@ -98,20 +77,28 @@ def _one_budget(rows: Sequence[Row]) -> list[Row]:
     return list(chosen.values())
 
 
-def _survivors(lm: VtpruneChat, row: Row, inputs: Mapping[str, Any]) -> list[int]:
-    """Tokens that outlive every stage."""
+def _report(lm: VtpruneChat, row: Row, inputs: Mapping[str, Any]) -> Report:
+    """What one prefill under this cell keeps."""
     session = lm.attach(row.method, row.keep_value, basis=row.basis)
     with torch.inference_mode():
         lm.model(**inputs, logits_to_keep=1)
-    return session.report.kept[-1].indices[0].tolist()
+    return session.report
 
 
-def _as_seen(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:
-    """Undo the normalisation of [3, height, width]: resized and cropped as the tower gets it."""
-    mean = torch.tensor(image_processor.image_mean)[:, None, None]
-    deviation = torch.tensor(image_processor.image_std)[:, None, None]
-    pixels = (pixel_values.float().cpu() * deviation + mean).clamp(0, 1) * 255
-    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
+def _tokens(report: Report, drawing: Drawing) -> int:
+    return 0 if report.layout is None else report.layout.grids[0][drawing.grid].tokens
+
+
+def _as_seen(pixel_values: torch.Tensor, image: Image.Image, image_processor: Any) -> Image.Image:
+    """The image resized and cropped as the tower gets it, where the pixels tell; enlarged to a size people can see."""
+    if pixel_values.ndim == 4 and pixel_values.shape[:2] == (1, 3):
+        mean = torch.tensor(image_processor.image_mean)[:, None, None]
+        deviation = torch.tensor(image_processor.image_std)[:, None, None]
+        pixels = (pixel_values[0].float().cpu() * deviation + mean).clamp(0, 1) * 255
+        image = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
+    scale = _SIDE / max(image.size)
+    wide, high = (max(1, round(side * scale)) for side in image.size)
+    return image.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
 
 
 def _sample(result: SweepResult, name: str, task: str, place: int) -> Sample:

@@ -56,6 +56,7 @@ def report_full(geometry: Geometry, prompt: Prompt, run: TowerRun | None, itemsi
         vision_flops_full=full,
         kv_bytes=cache,
         kv_bytes_full=cache,
+        layout=prompt.layout(real_positions(prompt)),
     )
 
 
@@ -82,4 +83,5 @@ def report_pruned(geometry: Geometry, call: Prefill, run: TowerRun | None, items
         vision_flops_full=full,
         kv_bytes=call.batch * kv_bytes(geometry, held, itemsize),
         kv_bytes_full=call.batch * kv_bytes(geometry, [call.past + call.length] * geometry.layers, itemsize),
+        layout=call.layout,
     )

@@ -1,4 +1,4 @@
-"""What the training code runs is the model that ships: same tower, same tokens, same logits, labels where things are."""
+"""What the training code runs is the model that ships: same tower, same tokens, same logits, labels in place."""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ TRAINING = {
 OF_MODEL = {
     "llava": {},
     "qwen2_vl": {
-        "start": "The decoder starts from the tiny LLaVA's (biases zero), the tower from random weights.",
+        "start": """Decoder and tower start from the tiny LLaVA's (decoder biases zero; places are rotary here, so the
+queries and keys of the first two tower layers start anew).""",
         "region": "",
         "summary": "the mean over patches",
         "place": """
@@ -128,7 +129,7 @@ OF_MODEL = {
    tell their row and column at the input of layer {place_layer}, here and in the joint phase.""",
     },
     "internvl": {
-        "start": "Decoder and tower start from the tiny LLaVA's (tower positions resized, decoder biases zero).",
+        "start": """Decoder and tower start from the tiny LLaVA's (tower positions resized, decoder biases zero).""",
         "region": ", third of the image",
         "summary": "CLS",
         "place": "",

@@ -31,7 +31,7 @@ from vtprune.tiny.training.vlms.base import (
     Vlm,
 )
 from vtprune.tiny.training.vlms.tokenizer import build_tokenizer, chat_template
-from vtprune.tiny.training.vlms.warm import adopt_clip_tower, adopt_decoder
+from vtprune.tiny.training.vlms.warm import adopt_decoder, adopt_into_internvit
 from vtprune.tiny.vocabulary import PATCH_SIZE, PREFIX
 
 _SIDE, _PIXELS = 9, 144
@@ -82,7 +82,7 @@ class InternVL(Vlm):
         )
         model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
         adopt_decoder(model)
-        adopt_clip_tower(model.model.vision_tower, self.grid.side * self.grid.merge)
+        adopt_into_internvit(model.model.vision_tower, self.grid.side * self.grid.merge)
         return model
 
     def build_processor(self) -> InternVLProcessor:

@@ -1,4 +1,4 @@
-"""The tiny Qwen2-VL: tower without CLS, 2x2 merger, M-RoPE; its decoder starts from the shipped tiny LLaVA."""
+"""The tiny Qwen2-VL: tower without CLS, 2x2 merger, M-RoPE; it starts from the shipped tiny LLaVA."""
 
 # transformers declares submodules and weights as plain nn.Module attributes, which only run time resolves
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -37,7 +37,7 @@ from vtprune.tiny.training.vlms.base import (
 )
 from vtprune.tiny.training.vlms.llava import NEIGHBOURS
 from vtprune.tiny.training.vlms.tokenizer import build_tokenizer, chat_template
-from vtprune.tiny.training.vlms.warm import adopt_decoder
+from vtprune.tiny.training.vlms.warm import adopt_decoder, adopt_into_qwen_tower
 from vtprune.tiny.vocabulary import PATCH_SIZE, PREFIX
 
 _SIDE, _PIXELS, _MERGE = 9, 144, 2
@@ -103,6 +103,7 @@ class Qwen2VL(Vlm):
             )
         )
         adopt_decoder(model)
+        adopt_into_qwen_tower(model.model.visual, fresh=len(NEIGHBOURS))
         with torch.no_grad():
             _init_neighbour_heads(model.model.visual)
         return model

@@ -47,16 +47,19 @@ def adopt_decoder(model: Any) -> None:
     model.lm_head.weight[len(head) :].zero_()
 
 
-@torch.no_grad()
-def adopt_clip_tower(tower: Any, side: int) -> None:
-    """Copies CLIP's patch matrix, positions (resized to `side` patches a side), CLS and layers into an InternViT.
+def _clip() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """CLIP's weights, and what the norm before its first layer multiplies by, averaged over positions.
 
-    InternViT has no norm before its first layer; the scale of CLIP's, averaged over positions, goes into the
-    embeddings instead, and the layer scales start at one.
+    The towers that start from it have no such norm; the factor goes into their embeddings.
     """
-    clip = _below("vision_tower")
-    clip = {name.removeprefix("vision_model."): weight for name, weight in clip.items()}
-    gain = clip["pre_layrnorm.weight"] / clip["embeddings.position_embedding.weight"][1:].std()
+    clip = {name.removeprefix("vision_model."): weight for name, weight in _below("vision_tower").items()}
+    return clip, clip["pre_layrnorm.weight"] / clip["embeddings.position_embedding.weight"][1:].std()
+
+
+@torch.no_grad()
+def adopt_into_internvit(tower: Any, side: int) -> None:
+    """Copies patch matrix, positions (resized to `side` patches a side), CLS and layers of CLIP; layer scales are one."""
+    clip, gain = _clip()
     patches = tower.embeddings.patch_embeddings.projection
     patches.weight.copy_(clip["embeddings.patch_embedding.weight"] * gain[:, None, None, None])
     patches.bias.copy_(clip["pre_layrnorm.bias"])
@@ -77,8 +80,39 @@ def adopt_clip_tower(tower: Any, side: int) -> None:
         "mlp.fc2": "mlp.fc2",
     }
     for index, layer in enumerate(tower.encoder.layer):
-        for target, source in names.items():
-            for kind in ("weight", "bias"):
-                getattr(layer.get_submodule(target), kind).copy_(clip[f"encoder.layers.{index}.{source}.{kind}"])
+        _copy(layer, clip, index, names)
         layer.lambda_1.fill_(1)
         layer.lambda_2.fill_(1)
+
+
+@torch.no_grad()
+def adopt_into_qwen_tower(tower: Any, fresh: int) -> None:
+    """Copies CLIP's patch matrix (half of it for each of two equal frames) and layers.
+
+    Places are rotary here, so the queries and keys of the first `fresh` layers, which in the tiny LLaVA read them off
+    learned positions, keep their own start.
+    """
+    clip, gain = _clip()
+    kernel = clip["embeddings.patch_embedding.weight"] * gain[:, None, None, None] / 2
+    tower.patch_embed.proj.weight.copy_(kernel[:, :, None].expand_as(tower.patch_embed.proj.weight))
+    names = {
+        "attn.proj": "self_attn.out_proj",
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    for index, block in enumerate(tower.blocks):
+        _copy(block, clip, index, names)
+        for kind in ("weight", "bias"):
+            sides = getattr(block.attn.qkv, kind).chunk(3)
+            for number, side in enumerate("qkv"):
+                if side == "v" or index >= fresh:
+                    sides[number].copy_(clip[f"encoder.layers.{index}.self_attn.{side}_proj.{kind}"])
+
+
+def _copy(layer: Any, clip: dict[str, torch.Tensor], index: int, names: dict[str, str]) -> None:
+    """Weights and biases of CLIP layer `index` into `layer`, by its names for them."""
+    for target, source in names.items():
+        for kind in ("weight", "bias"):
+            getattr(layer.get_submodule(target), kind).copy_(clip[f"encoder.layers.{index}.{source}.{kind}"])

@@ -58,7 +58,7 @@ def _clip() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 @torch.no_grad()
 def adopt_into_internvit(tower: Any, side: int) -> None:
-    """Copies patch matrix, positions (resized to `side` patches a side), CLS and layers of CLIP; layer scales are one."""
+    """Copies CLIP's patches, positions (resized to `side` patches a side), CLS and layers; layer scales are one."""
     clip, gain = _clip()
     patches = tower.embeddings.patch_embeddings.projection
     patches.weight.copy_(clip["embeddings.patch_embedding.weight"] * gain[:, None, None, None])

@@ -80,7 +80,7 @@ class Recipe:
 _WARM = Recipe(symbolic_full_steps=0, symbolic_tokens=0, joint_subset_steps=0, joint_steps=650)
 _RECIPES = {
     "llava": Recipe(),
-    "qwen2_vl": replace(_WARM, vision_steps=600, symbolic_steps=700, symbolic_rate=1e-3),
+    "qwen2_vl": replace(_WARM, vision_steps=600, symbolic_steps=700, symbolic_rate=1e-3, joint_steps=550),
     "internvl": replace(_WARM, vision_steps=450, vision_rate=1e-3, symbolic_steps=350, symbolic_rate=8e-4),
 }
 

@@ -20,7 +20,10 @@ _NEED_TORCHVISION = ("qwen2_vl", "internvl")
 
 
 def tiny_folder(name: str = "llava") -> Path:
-    """Folder of a shipped checkpoint, usable wherever transformers takes a model path.
+    """Folder of a shipped checkpoint.
+
+    "llava" can be used wherever transformers takes a model path. The weights of the others are stored in int8
+    (`vtprune.tiny.storage`): for such a folder call `save_pretrained` on what `load_tiny` returns.
 
     Raises:
         UnknownNameError: if no checkpoint has this name.
@@ -37,7 +40,7 @@ def load_tiny(name: str = "llava", *, dtype: torch.dtype | None = None) -> tuple
         name: "llava" (128 px, 256 visual tokens), "qwen2_vl" (any size from 144 px, 2x2 patches a token, M-RoPE) or
             "internvl" (144 px, pixel shuffle, 81 visual tokens); 12 decoder layers each, see MODEL_CARD.md beside the
             weights.
-        dtype: of the loaded weights, default `torch.float32` (they are stored in fp16).
+        dtype: of the loaded weights, default `torch.float32` (they are stored in fp16, or in int8).
 
     Returns:
         (model in eval mode, processor).
@@ -53,7 +56,21 @@ def load_tiny(name: str = "llava", *, dtype: torch.dtype | None = None) -> tuple
             "torch, or use load_tiny('llava')."
         )
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return load_folder(folder, dtype or torch.float32), AutoProcessor.from_pretrained(folder)
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint folder, whether its weights are stored in int8 or as transformers stores them."""
+    import transformers
+
+    from vtprune.tiny.storage import FILE, read_weights
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model_class = getattr(transformers, config.architectures[0])
+    if not (folder / FILE).is_file():
+        return model_class.from_pretrained(folder, dtype=dtype).eval()
+    model = model_class.from_pretrained(None, config=config, state_dict=read_weights(folder / FILE), dtype=dtype)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping
@@ -13,9 +12,10 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 
+from vtprune.tiny import load_folder
 from vtprune.tiny.questions import KINDS_OF_QUESTION
+from vtprune.tiny.storage import FILE
 from vtprune.tiny.training import card_text
 from vtprune.tiny.training.evaluation import FASTV_LAYERS, RANDOM_SEEDS, SHARES, Sample, keeps
 from vtprune.tiny.training.recipe import COMPARE_LAYER, PLACE_LAYER, READ_LAYER, VERDICT_LAYER, Recipe
@@ -110,17 +110,18 @@ def _layers(layers: Mapping[str, int]) -> str:
 
 def collect_facts(model: str, folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """What the card states besides accuracies: size, words, wall times, generate() counts, versions, notes.txt."""
-    weights = folder / model / "model.safetensors"
-    with safe_open(weights, "pt") as stored:
-        shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118 - not a dict
+    shipped = folder / model
+    stored = shipped / (FILE if vlm_class(model).stored_in_int8 else "model.safetensors")
     notes = folder / "notes.txt"
     walls = {name: folder / f"{name}.wall.json" for name in ("vision", "symbolic", "joint")}
     config = json.loads((folder / model / "config.json").read_text(encoding="utf-8"))
     return {
         **results["generated"],
         "architecture": config["architectures"][0],
-        "parameters": sum(math.prod(shape) for shape in shapes),
-        "bytes": weights.stat().st_size,
+        "parameters": sum(weight.numel() for weight in load_folder(shipped, torch.float32).parameters()),
+        "file": stored.name,
+        "bytes": stored.stat().st_size,
+        "stored": "int8, a scale a row" if vlm_class(model).stored_in_int8 else "fp16",
         "words": len(vlm_class(model).words()),
         "notes": notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), no accelerator, "

@@ -20,9 +20,9 @@ ORIGIN = {
 OPENING_NUMBERS = """
 * **{scenes[0]} %** of test scene questions (95 % interval {scenes[1]}-{scenes[2]}, {scenes[3]} questions about
   {images} scenes) and **{easy[0]} %** of easy-VQA test questions ({easy[1]}-{easy[2]}, {easy[3]} questions).
-* {parameters} parameters, `model.safetensors` {bytes} bytes in fp16.
+* {parameters} parameters, `{file}` {bytes} bytes ({stored}).
 * A question counts as right when the whole answer matches, including `<eos>`. Intervals: bootstrap over images.
-* Through `processor` + `generate()` with the shipped fp16 weights run in fp32: {generated_right} of {generated}
+* Through `processor` + `generate()` with the shipped weights run in fp32: {generated_right} of {generated}
   test questions right, {generated_stopped} answers ended with `<eos>`."""
 
 DATA = """

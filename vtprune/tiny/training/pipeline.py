@@ -45,14 +45,14 @@ def _measure_part(part: str, model: str, folder: Path, split: str, quick: bool) 
     import torch
 
     from vtprune.tiny.training import evaluation, generation
-    from vtprune.tiny.training.export import load_trained
+    from vtprune.tiny.training.export import load_exported
 
     torch.set_num_threads(1)
     sample = evaluation.Sample(split)
     sample = evaluation.quick(sample) if quick else sample
     if part == "generated":
         return generation.measure_generation(folder / model, sample)
-    vlm = load_trained(model, folder / "joint.pt")
+    vlm = load_exported(model, folder / model)
     measures = {
         "packed": evaluation.measure_packed,
         "rows": evaluation.measure_rows,

@@ -85,6 +85,7 @@ class Vlm(nn.Module, ABC):
         before: token ids before the picture.
         image_word: the placeholder, in the place of `vocabulary.IMAGE`.
         extra_words: words behind those of `vocabulary.WORDS`.
+        stored_in_int8: whether it ships in int8 or in fp16.
         warm_start: whether it starts from the shipped tiny LLaVA.
         places_from_rotary: whether visual tokens learn where they stand from rotary positions alone.
         query_name: which query ranks patches in the tower.
@@ -98,6 +99,7 @@ class Vlm(nn.Module, ABC):
     before: ClassVar[tuple[int, ...]] = PREFIX
     image_word: ClassVar[str] = "<image>"
     extra_words: ClassVar[tuple[str, ...]] = ()
+    stored_in_int8: ClassVar[bool] = True
     warm_start: ClassVar[bool] = True
     places_from_rotary: ClassVar[bool] = False
     query_name: ClassVar[str] = "CLS attention"

@@ -130,7 +130,14 @@ class InternVL(Vlm):
 
     def tower_attention(self, images: np.ndarray) -> torch.Tensor:
         """See `Vlm.tower_attention`."""
-        output = self.hf.model.vision_tower(self.pixels(images), output_attentions=True, return_dict=True)
-        patches = output.attentions[-1][:, :, 0, 1:].mean(1)
+        tower = self.hf.model.vision_tower
+        output = tower(self.pixels(images), output_hidden_states=True, return_dict=True)
+        # the layer does not hand its attention out
+        layer = tower.encoder.layer[-1]
+        normed = layer.layernorm_before(output.hidden_states[-2])
+        query = layer.attention.q_proj(normed[:, :1]).unflatten(-1, (VISION_HEADS, -1)).transpose(1, 2)
+        key = layer.attention.k_proj(normed).unflatten(-1, (VISION_HEADS, -1)).transpose(1, 2)
+        weights = (query @ key.transpose(2, 3) * layer.attention.scale).softmax(-1)
+        patches = weights[:, :, 0, 1:].mean(1)
         side, merge = self.grid.side, self.grid.merge
         return patches.view(-1, side, merge, side, merge).sum((2, 4)).flatten(1)

@@ -51,6 +51,7 @@ class Llava(Vlm):
     name = "llava"
     title = "tiny LLaVA"
     grid = TokenGrid(pixels=IMAGE_SIZE, side=GRID, merge=1)
+    stored_in_int8 = False
     warm_start = False
 
     def build(self) -> LlavaForConditionalGeneration:
@@ -109,6 +110,8 @@ class Llava(Vlm):
 
     def tower_attention(self, images: np.ndarray) -> torch.Tensor:
         """See `Vlm.tower_attention`."""
+        # a model fresh from its files runs fused attention, which does not hand out its weights
+        self.hf.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
         output = self.hf.model.vision_tower(self.pixels(images), output_attentions=True, return_dict=True)
         return output.attentions[-1][:, :, 0, 1:].mean(1)
 

@@ -1,4 +1,4 @@
-# make run       accuracy against budget on the embedded model: table, plot, report   (FAST=1: a smaller subset)
+# make run       accuracy against budget on the embedded models: table, plot, report   (FAST=1: a smaller subset)
 # make test      default tests           make test-slow   the slow ones
 # make test-oldest  the contract tests on the oldest supported transformers
 # make lint      ruff check and format   make types       pyright
@@ -12,6 +12,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # --no-deps: lmms-eval asks for 49 packages, about 1 GB; the part used here needs those of the extra eval-light
 LMMS_EVAL ?= lmms-eval==0.7.3
 OUT ?= runs
+MODELS ?= tiny:llava,tiny:qwen2_vl,tiny:internvl
 ARGS ?=
 # the oldest supported transformers, and the hub client it needs, in a folder that goes before the environment's own
 OLDEST ?= transformers==5.16.*
@@ -38,7 +39,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 run: $(STAMP)
-	$(BIN)/vtprune eval --out $(OUT)/latest $(if $(filter 1,$(FAST)),--fast) $(ARGS)
+	$(BIN)/vtprune eval --model $(MODELS) --out $(OUT)/latest $(if $(filter 1,$(FAST)),--fast) $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -1,4 +1,4 @@
-"""The invariants on the embedded, trained model: identity, masked oracle, ragged batch, beams, multi-turn."""
+"""The invariants on the embedded, trained models: identity, masked oracle, ragged batch, beams, multi-turn."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ GREEDY = {"min_new_tokens": 16, "max_new_tokens": 16, "do_sample": False, "outpu
 
 
 @lru_cache
-def loaded() -> tuple[Any, Any]:
-    return vtprune.load_tiny("llava")
+def loaded(name: str) -> tuple[Any, Any]:
+    return vtprune.load_tiny(name)
 
 
 @lru_cache
@@ -30,31 +30,40 @@ def prompts() -> tuple[tuple[Any, str], ...]:
     return tuple((image, questions[i % len(questions)].question) for i, (image, questions) in enumerate(scenes))
 
 
-def encode(count: int) -> dict[str, torch.Tensor]:
-    _, processor = loaded()
-    texts, images = [], []
-    for image, question in prompts()[:count]:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-        images.append(image)
-    return dict(processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"))
+class Tiny:
+    """An embedded model on one attention backend, with its processor."""
+
+    def __init__(self, name: str, attention: str) -> None:
+        self.model, self.processor = loaded(name)
+        self.model.set_attn_implementation(attention)
+        self.tokens = 256 if name == "llava" else 81
+
+    def encode(self, *numbers: int) -> dict[str, torch.Tensor]:
+        """Padded inputs of these prompts."""
+        texts, images = [], []
+        for image, question in (prompts()[number] for number in numbers):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            message = {"role": "user", "content": content}
+            texts.append(self.processor.apply_chat_template([message], add_generation_prompt=True))
+            images.append(image)
+        return dict(self.processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"))
 
 
-@pytest.fixture(params=["sdpa", "eager"])
-def model(request: pytest.FixtureRequest) -> Any:
-    """The embedded model on each attention backend."""
-    model, _ = loaded()
-    model.set_attn_implementation(request.param)
-    yield model
-    model.set_attn_implementation("sdpa")
+@pytest.fixture(params=["llava-sdpa", "llava-eager", "qwen2_vl-sdpa", "qwen2_vl-eager", "internvl-sdpa"])
+def tiny(request: pytest.FixtureRequest) -> Any:
+    """The embedded models on the attention backends."""
+    name, attention = request.param.split("-")
+    tiny = Tiny(name, attention)
+    yield tiny
+    tiny.model.set_attn_implementation("sdpa")
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @torch.no_grad()
-def test_keep_all_is_bit_identical(model: Any, method: str) -> None:
-    inputs = encode(3)
+def test_keep_all_is_bit_identical(tiny: Tiny, method: str) -> None:
+    model, inputs = tiny.model, tiny.encode(0, 1, 2)
     logits, ids = model(**inputs).logits, model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    for keep in (1.0, 256):
+    for keep in (1.0, tiny.tokens):
         with vtprune.prune(model, method, keep):
             assert torch.equal(model(**inputs).logits, logits)
             assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), ids)
@@ -63,8 +72,8 @@ def test_keep_all_is_bit_identical(model: Any, method: str) -> None:
 @pytest.mark.parametrize("method", ["random", "uniform", "divprune", "fastv"])
 @pytest.mark.parametrize("count", [1, 3])
 @torch.no_grad()
-def test_pruned_run_equals_masked_oracle(model: Any, method: str, count: int) -> None:
-    inputs = encode(count)
+def test_pruned_run_equals_masked_oracle(tiny: Tiny, method: str, count: int) -> None:
+    model, inputs = tiny.model, tiny.encode(*range(count))
     with vtprune.prune(model, method, 1 / 9) as session:
         out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
         beams = model.generate(**inputs, num_beams=3, max_new_tokens=8, do_sample=False)
@@ -88,31 +97,24 @@ def image_as_99(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @torch.no_grad()
-def test_batch_equals_each_sample_alone(model: Any, method: str) -> None:
-    together = encode(4)
+def test_batch_equals_each_sample_alone(tiny: Tiny, method: str) -> None:
+    model, together = tiny.model, tiny.encode(0, 1, 2, 3)
     assert (together["attention_mask"] == 0).any(), "no padding, so the test shows nothing"
     with vtprune.prune(model, method, 1 / 9) as session:
         out = model.generate(**together, min_new_tokens=16, max_new_tokens=16, do_sample=False)
         kept = session.report.kept[-1].indices
         for b in range(len(prompts())):
-            real = together["attention_mask"][b].bool()
-            one = {
-                "input_ids": together["input_ids"][b][real][None],
-                "attention_mask": torch.ones(1, int(real.sum()), dtype=torch.long),
-                "pixel_values": together["pixel_values"][b : b + 1],
-            }
-            alone = model.generate(**one, min_new_tokens=16, max_new_tokens=16, do_sample=False)
+            alone = model.generate(**tiny.encode(b), min_new_tokens=16, max_new_tokens=16, do_sample=False)
             assert torch.equal(out[b, -16:], alone[0, -16:])
             assert torch.equal(kept[b], session.report.kept[-1].indices[0])
 
 
 @pytest.mark.parametrize("method", ["uniform", "fastv", "flowcut"])
 @torch.no_grad()
-def test_a_second_question_about_the_same_image_reuses_the_cache(model: Any, method: str) -> None:
+def test_a_second_question_about_the_same_image_reuses_the_cache(tiny: Tiny, method: str) -> None:
     """Two turns over one cache give what one call over the whole dialogue gives, once turn 1 has chosen."""
-    _, processor = loaded()
-    inputs = encode(1)
-    tail = processor.tokenizer(" user : how many red objects are there ? assistant :", return_tensors="pt")
+    model, inputs = tiny.model, tiny.encode(0)
+    tail = tiny.processor.tokenizer(" user : how many red objects are there ? assistant :", return_tensors="pt")
     tail_ids = tail["input_ids"][:, -11:]
     with vtprune.prune(model, method, 0.25) as session:
         cache = DynamicCache(config=model.config.text_config)
@@ -131,6 +133,9 @@ def test_a_second_question_about_the_same_image_reuses_the_cache(model: Any, met
         for h in hidden_keys(report, image_as_99(model, inputs["input_ids"]), LAYERS)
     ]
     with masked(model, hidden):
-        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": inputs["pixel_values"]}
+        whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "mm_token_type_ids" in inputs:
+            kinds = inputs["mm_token_type_ids"]
+            whole["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, length - kinds.shape[1]))
         want = model.generate(**whole, max_new_tokens=6, do_sample=False)
     assert torch.equal(out, want)

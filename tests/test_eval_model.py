@@ -232,6 +232,28 @@ def test_sweep_isolates_a_broken_cell(folder: Path, tmp_path: Path, monkeypatch:
         assert (out / name).stat().st_size > 500
 
 
+def test_several_models_get_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_data, "IMAGES", 2)
+    models = ("tiny:qwen2_vl", "tiny:internvl")
+    arguments = ["--model", ",".join(models), "--methods", "uniform", "--keeps", "1/4", "--limit", "3"]
+    arguments += ["--tasks", "vtp_scenes", "--fast", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["eval", *arguments])
+    assert result.exit_code == 0, result.output
+    for model, name in zip(models, ("tiny-qwen2_vl", "tiny-internvl"), strict=True):
+        rows = read_lines(tmp_path / name / "rows.jsonl")
+        assert [row["run"]["model"] for row in rows] == [model, model]
+        assert [row["average_tokens"] for row in rows] == [81.0, 20.0]
+        assert model in result.output
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_misspelt_model_costs_the_others_nothing(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["eval", "--model", "tiny:llava,tiny:lava", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "Did you mean 'llava'" in re.sub(r"\s+", " ", result.output)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -240,6 +262,7 @@ def test_sweep_isolates_a_broken_cell(folder: Path, tmp_path: Path, monkeypatch:
         ("--basis mean", "got 'mean'"),
         ("--keeps 3/2", "'3/2'"),
         ("--model random:mini", "has no processor"),
+        ("--model ,", "at least one model"),
     ],
 )
 def test_bad_options_end_with_a_message(arguments: str, match: str, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The embedded tiny LLaVA: its data are right and repeatable, and the shipped checkpoint answers."""
+"""The embedded tiny VLMs: their data are right and repeatable, and the shipped checkpoints answer."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vtprune.errors import VtpruneError
 from vtprune.tiny import load_tiny, sprites, tiny_folder, vocabulary
 from vtprune.tiny.scenes import Question, SceneObject, paint, scene_objects, scene_questions
 
+MODELS = ("llava", "qwen2_vl", "internvl")
 EXAMPLES = Path(__file__).parents[1] / "vtprune" / "tiny" / "examples"
 SPLITS = ("train", "dev", "test")
 
@@ -155,9 +158,11 @@ def test_easy_vqa_splits_are_disjoint_and_repeatable() -> None:
 
 
 def test_shipped_files_stay_small() -> None:
-    folder = tiny_folder()
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 1024**2
-    assert (folder / "MODEL_CARD.md").is_file()
+    folders = [tiny_folder(name) for name in MODELS]
+    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 15_000_000
+    for name, folder in zip(MODELS, folders, strict=True):
+        card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+        assert f"--model {name} " in card or name == "llava"
 
 
 def test_unknown_model_names_the_nearest() -> None:
@@ -165,15 +170,23 @@ def test_unknown_model_names_the_nearest() -> None:
         load_tiny("lava")
 
 
-@pytest.fixture(scope="module")
-def tiny_llava():
-    return load_tiny()
+def test_a_missing_torchvision_is_named(monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torchvision" else find(name, *a))
+    with pytest.raises(VtpruneError, match=r"'internvl' needs torchvision.*load_tiny\('llava'\)"):
+        load_tiny("internvl")
+    assert load_tiny("llava")
 
 
-def _answer(tiny_llava, image, question: str) -> list[int]:
+@pytest.fixture(scope="module", params=MODELS)
+def tiny(request):
+    return request.param, *load_tiny(request.param)
+
+
+def _answer(tiny, image, question: str) -> list[int]:
     import torch
 
-    model, processor = tiny_llava
+    _, model, processor = tiny
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt")
@@ -181,36 +194,36 @@ def _answer(tiny_llava, image, question: str) -> list[int]:
         return model.generate(**inputs)[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def test_tokenizer_agrees_with_the_vocabulary(tiny_llava) -> None:
-    processor = tiny_llava[1]
+def test_tokenizer_agrees_with_the_vocabulary(tiny) -> None:
+    processor = tiny[2]
     text = "is the red star left of the digit 4? top left"
     assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == vocabulary.encode(text)
     assert processor.tokenizer.decode(vocabulary.encode("red star")) == "red star"
 
 
-def test_prompt_holds_one_image_of_256_tokens(tiny_llava) -> None:
-    _, processor = tiny_llava
+def test_prompt_holds_one_image(tiny) -> None:
+    name, _, processor = tiny
     image = scene_questions("dev", 1)[0][0]
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many stars are there?"}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)
     ids = processor(images=image, text=text, return_tensors="np")["input_ids"][0]
-    assert int(np.sum(np.asarray(ids) == vocabulary.IMAGE)) == 256
+    assert int(np.sum(np.asarray(ids) == vocabulary.IMAGE)) == (256 if name == "llava" else 81)
     assert list(ids[-2:]) == list(vocabulary.SUFFIX)
     assert vocabulary.UNK not in ids
 
 
-def test_checkpoint_answers_dev_questions_and_stops(tiny_llava) -> None:
+def test_checkpoint_answers_dev_questions_and_stops(tiny) -> None:
     """24 scene questions, at least 20 right (target 92 %), each ended by <eos>."""
     scenes = scene_questions("dev", 4, seed=11, per_image=6)
     asked = [(image, item) for image, questions in scenes for item in questions]
-    answers = [_answer(tiny_llava, image, item.question) for image, item in asked]
+    answers = [_answer(tiny, image, item.question) for image, item in asked]
     assert all(ids[-1] == vocabulary.EOS and len(ids) <= 3 for ids in answers)
     right = [ids[:-1] == vocabulary.encode(item.answer) for ids, (_, item) in zip(answers, asked, strict=True)]
     assert len(right) == 24
     assert sum(right) >= 20
 
 
-def test_checkpoint_answers_its_examples(tiny_llava) -> None:
+def test_checkpoint_answers_its_examples(tiny) -> None:
     from PIL import Image
 
     entries = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
@@ -218,6 +231,32 @@ def test_checkpoint_answers_its_examples(tiny_llava) -> None:
     right = 0
     for entry in entries:
         with Image.open(EXAMPLES / entry["image"]) as image:
-            ids = _answer(tiny_llava, image.convert("RGB"), entry["question"])
+            ids = _answer(tiny, image.convert("RGB"), entry["question"])
         right += ids[:-1] == vocabulary.encode(entry["answer"])
     assert right >= len(entries) - 1
+
+
+def test_int8_storage_rounds_rows_and_keeps_vectors(tmp_path: Path) -> None:
+    import torch
+
+    from vtprune.tiny.storage import read_weights, write_weights
+
+    draws = torch.Generator().manual_seed(0)
+    weights = {
+        "matrix": torch.randn(6, 40, generator=draws) * torch.tensor([1e-3, 1.0, 50.0, 1.0, 1.0, 0.0])[:, None],
+        "filters": torch.randn(5, 3, 2, 4, 4, generator=draws),
+        "table": torch.randn(1, 7, 16, generator=draws),
+        "norm": torch.randn(9, generator=draws),
+    }
+    write_weights(weights, tmp_path / "weights")
+    first = (tmp_path / "weights").read_bytes()
+    read = read_weights(tmp_path / "weights")
+    assert set(read) == set(weights)
+    assert torch.equal(read["norm"], weights["norm"].half().float())
+    for name in ("matrix", "filters"):
+        rows, back = weights[name].flatten(1), read[name].flatten(1)
+        # half a step of each row's own scale
+        assert bool(((rows - back).abs() <= rows.abs().amax(1, keepdim=True) / 254 + 1e-9).all())
+    assert bool(((weights["table"] - read["table"]).abs() <= weights["table"].abs().amax(2, keepdim=True) / 254).all())
+    write_weights(weights, tmp_path / "weights")
+    assert (tmp_path / "weights").read_bytes() == first

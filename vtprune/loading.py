@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SPEC_HELP", "load_config", "load_model", "parse_dtype"]
 
-SPEC_HELP = "tiny:llava (embedded), a Hugging Face id or folder, or random:llama-0.3b (random weights)"
+SPEC_HELP = (
+    "tiny:llava, tiny:qwen2_vl or tiny:internvl (embedded), a Hugging Face id or folder, or random:llama-0.3b (random "
+    "weights)"
+)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

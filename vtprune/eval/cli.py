@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -15,6 +16,8 @@ from vtprune.eval import BUNDLED_TASKS, TASKS_DIR
 from vtprune.eval.keeps import parse_keeps
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from vtprune.eval.runner import Sweep, SweepResult
@@ -35,7 +38,9 @@ def _print_tasks_dir(asked: bool) -> None:
 
 
 def eval_command(
-    model: Annotated[str, typer.Option(help="tiny:llava, a hub id or a local folder.")] = "tiny:llava",
+    model: Annotated[
+        str, typer.Option(help="Comma-separated: tiny:llava, tiny:qwen2_vl, tiny:internvl, hub ids or local folders.")
+    ] = "tiny:llava",
     methods: Annotated[str, typer.Option(help="Comma-separated names, or 'all'.")] = "all",
     keeps: Annotated[
         str | None, typer.Option(help=f"Budgets: shares such as 1/4 or 25%, or tokens such as 64. (default: {_KEEPS})")
@@ -65,6 +70,8 @@ def eval_command(
 ) -> None:
     """Accuracy against token budget on benchmark tasks: table, JSONL, plot and HTML page.
 
+    Several models are measured one after another, each into a folder of its own below --out.
+
     In --keeps, 1 is all visual tokens (the unpruned model, always measured once); a single token is written 1t.
     """
     from rich.console import Console
@@ -73,11 +80,14 @@ def eval_command(
     console = Console(file=sys.stdout)
     if not console.is_terminal:
         console.width = 120
-    sweep = _sweep(
+    models = _names(model)
+    if not models:
+        raise InputError(f"name at least one model, got {model!r}.")
+    first = _sweep(
         methods=methods,
         keeps=keeps or (_FAST_KEEPS if fast else _KEEPS),
         tasks=_names(tasks),
-        model=model,
+        model=models[0],
         limit=(_FAST_QUESTIONS if fast else _QUESTIONS) if limit is None else limit or None,
         batch_size=batch_size,
         seed=seed,
@@ -87,13 +97,34 @@ def eval_command(
         dtype=dtype,
         attn_implementation=attn_implementation,
     )
-    for keep in sweep.keeps:
+    _check_models(models)
+    for keep in first.keeps:
         console.print(f"keep {keep}", style="dim", highlight=False)
-    start = time.perf_counter()
-    result, paths = _run(sweep, out, console)
-    _show(result, paths, time.perf_counter() - start, console)
-    if result.failed:
+    failed = 0
+    for name in models:
+        start = time.perf_counter()
+        if len(models) > 1:
+            console.rule(name)
+        folder = out / folder_name(name) if len(models) > 1 else out
+        result, paths = _run(dataclasses.replace(first, model=name), folder, console)
+        _show(result, paths, time.perf_counter() - start, console)
+        failed += len(result.failed)
+    if failed:
         raise typer.Exit(1)
+
+
+def folder_name(model: str) -> str:
+    """A model's folder below the results: `tiny:llava` -> `tiny-llava`, `org/model` -> `org--model`."""
+    return model.strip("/").replace("/", "--").replace(":", "-")
+
+
+def _check_models(models: Sequence[str]) -> None:
+    """Read every config before the first of several models runs, so that a misspelt one does not cost the others."""
+    from vtprune.loading import load_config
+
+    if len(models) > 1:
+        for name in models:
+            load_config(name)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
-"""The embedded tiny VLM: a real LLaVA (CLIP ViT with CLS + Llama), trained here from nothing, 3.7 M parameters."""
+"""The embedded tiny VLMs: real LLaVA, Qwen2-VL and InternVL classes, trained here, 3.7 to 4 M parameters each."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtprune.errors import UnknownNameError
+from vtprune.errors import UnknownNameError, VtpruneError
 
 if TYPE_CHECKING:
     import torch
@@ -13,11 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = ["load_tiny", "tiny_folder"]
 
-_NAMES = ("llava",)
+_NAMES = ("llava", "qwen2_vl", "internvl")
+# their processors also know videos, which transformers reads with torchvision
+_NEED_TORCHVISION = ("qwen2_vl", "internvl")
 
 
 def tiny_folder(name: str = "llava") -> Path:
-    """Folder of a shipped checkpoint, usable wherever transformers takes a model path.
+    """Folder of a shipped checkpoint.
+
+    "llava" can be used wherever transformers takes a model path. The weights of the others are stored in int8
+    (`vtprune.tiny.storage`): for such a folder call `save_pretrained` on what `load_tiny` returns.
 
     Raises:
         UnknownNameError: if no checkpoint has this name.
@@ -31,18 +37,40 @@ def load_tiny(name: str = "llava", *, dtype: torch.dtype | None = None) -> tuple
     """A shipped checkpoint with its processor, from the package's own files (no network).
 
     Args:
-        name: "llava": 128 px, 256 visual tokens, 12 decoder layers; see MODEL_CARD.md beside the weights.
-        dtype: of the loaded weights, default `torch.float32` (they are stored in fp16).
+        name: "llava" (128 px, 256 visual tokens), "qwen2_vl" (any size from 144 px, 2x2 patches a token, M-RoPE) or
+            "internvl" (144 px, pixel shuffle, 81 visual tokens); 12 decoder layers each, see MODEL_CARD.md beside the
+            weights.
+        dtype: of the loaded weights, default `torch.float32` (they are stored in fp16, or in int8).
 
     Returns:
         (model in eval mode, processor).
 
     Raises:
         UnknownNameError: if no checkpoint has this name; it is a ValueError and lists the legal ones.
+        VtpruneError: if its processor needs torchvision, which is not installed.
     """
     folder = tiny_folder(name)
+    if name in _NEED_TORCHVISION and importlib.util.find_spec("torchvision") is None:
+        raise VtpruneError(
+            f"the processor of the embedded {name!r} needs torchvision. Install the torchvision that belongs to your "
+            "torch, or use load_tiny('llava')."
+        )
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return load_folder(folder, dtype or torch.float32), AutoProcessor.from_pretrained(folder)
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint folder, whether its weights are stored in int8 or as transformers stores them."""
+    import transformers
+
+    from vtprune.tiny.storage import FILE, read_weights
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model_class = getattr(transformers, config.architectures[0])
+    if not (folder / FILE).is_file():
+        return model_class.from_pretrained(folder, dtype=dtype).eval()
+    model = model_class.from_pretrained(None, config=config, state_dict=read_weights(folder / FILE), dtype=dtype)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()

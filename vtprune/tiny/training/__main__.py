@@ -1,4 +1,4 @@
-"""`python -m vtprune.tiny.training --out DIR --seed 0`: trains, exports, measures and writes the card."""
+"""`python -m vtprune.tiny.training --model llava --out DIR --seed 0`: trains, exports, measures, writes the card."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 from vtprune.tiny.training.pipeline import measure, train, write
+from vtprune.tiny.training.recipe import recipe_for
+from vtprune.tiny.training.vlms import VLMS
 
 # one process per core, and no accelerator: the recipe's seed refers to CPU generators
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -17,6 +19,7 @@ _PHASES = ("all", "vision", "symbolic", "joint", "export", "measure", "card")
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vtprune.tiny.training", description=__doc__)
+    parser.add_argument("--model", choices=sorted(VLMS), default="llava", help="which of the tiny models")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs, weights and the exported model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phase", choices=_PHASES, default="all", help="run a single phase again")
@@ -31,18 +34,19 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder: Path = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
-    phase = arguments.phase
+    phase, model = arguments.phase, arguments.model
+    recipe = recipe_for(model, arguments.seed)
     if phase not in ("export", "measure", "card"):
-        train(phase, arguments.seed, folder)
+        train(phase, recipe, folder)
     if phase in ("all", "export"):
         from vtprune.tiny.training.export import export, write_examples
 
-        export(folder / "joint.pt", folder / "llava")
+        export(model, folder / "joint.pt", folder / model)
         write_examples(folder / "examples")
     if phase in ("all", "measure"):
-        measure(folder, arguments.split, arguments.quick)
+        measure(model, folder, arguments.split, arguments.quick)
     if phase in ("all", "card"):
-        write(folder, arguments.seed, arguments.split, arguments.quick)
+        write(recipe, folder, arguments.split, arguments.quick)
 
 
 if __name__ == "__main__":

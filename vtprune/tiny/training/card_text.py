@@ -6,18 +6,23 @@ library_name: transformers
 pipeline_tag: image-text-to-text
 ---
 
-# vtprune tiny LLaVA
+# vtprune {title}
 
-A real `LlavaForConditionalGeneration`, trained from random weights, small enough to ship inside a package. It exists
-so that visual-token pruning can be tested, compared and demonstrated on a CPU, without downloads, on a model whose
-accuracy really depends on which tokens are kept."""
+A real `{architecture}`, {origin}, small enough to ship inside a package. It exists so that visual-token pruning can be
+tested, compared and demonstrated on a CPU, without downloads, on a model whose accuracy really depends on which tokens
+are kept."""
+
+ORIGIN = {
+    False: "trained from random weights",
+    True: "trained from the weights of the tiny LLaVA beside it",
+}
 
 OPENING_NUMBERS = """
 * **{scenes[0]} %** of test scene questions (95 % interval {scenes[1]}-{scenes[2]}, {scenes[3]} questions about
   {images} scenes) and **{easy[0]} %** of easy-VQA test questions ({easy[1]}-{easy[2]}, {easy[3]} questions).
-* {parameters} parameters, `model.safetensors` {bytes} bytes in fp16.
+* {parameters} parameters, `{file}` {bytes} bytes ({stored}).
 * A question counts as right when the whole answer matches, including `<eos>`. Intervals: bootstrap over images.
-* Through `processor` + `generate()` with the shipped fp16 weights run in fp32: {generated_right} of {generated}
+* Through `processor` + `generate()` with the shipped weights run in fp32: {generated_right} of {generated}
   test questions right, {generated_stopped} answers ended with `<eos>`."""
 
 DATA = """
@@ -34,20 +39,40 @@ Splits share nothing: digits are scikit-learn's `load_digits` cut into 1200 / 30
 scenes are drawn from other random streams. easy-VQA: dev = last 400 training images, test = official test set.
 The test split was used once, for the tables below."""
 
-MODEL = """
+MODEL = {
+    "llava": """
 ## Model
 
 CLIP ViT 4 layers x 128 (4 heads, patch 8, CLS token), two-layer projector, Llama 12 layers x 160 (4 heads, 2 key-value
 heads, SwiGLU 320), untied, vocabulary of {words} words, 256 visual tokens. Unusual initialisations: ViT positions start
 as a sine-cosine table, the heads of the first two ViT layers start by looking at their neighbours, and the first two
-heads of every decoder layer start by copying kind, colour and place of what they look at."""
+heads of every decoder layer start by copying kind, colour and place of what they look at.""",
+    "qwen2_vl": """
+## Model
 
-TRAINING = """
+Qwen2-VL tower 4 layers x 128 (4 heads, patch 8, rotary positions in two dimensions, no CLS token), merger of 2x2
+patches, Qwen2 decoder 12 layers x 160 (4 heads, 2 key-value heads, SwiGLU 320) with M-RoPE (theta 100, sections 4 / 8 /
+8), untied, vocabulary of {words} words. Pictures of any size; those below 144x144 px, as all scenes are, are enlarged
+to that: 324 patches, 81 visual tokens. Unusual initialisation: the heads of the first two tower layers start by looking
+at their neighbours (constant queries and keys). No video was trained on.""",
+    "internvl": """
+## Model
+
+InternViT 4 layers x 128 (4 heads, patch 8, CLS token), 144x144 px, pixel shuffle of 2x2 patches, two-layer projector,
+Qwen2 decoder 12 layers x 160 (4 heads, 2 key-value heads, SwiGLU 320), untied, vocabulary of {words} words, 81 visual
+tokens; one crop a picture.""",
+}
+
+_COMMAND = """
 ## Training
 
-`python -m vtprune.tiny.training --out DIR --seed {seed}`; seed {seed}, {hardware}, fp32.
+`python -m vtprune.tiny.training --model {model} --out DIR --seed {seed}`; seed {seed}, {hardware}, fp32.
 One seed was trained; how much another seed differs is not known.
+"""
 
+_FROM_NOTHING = (
+    _COMMAND
+    + """
 1. **ViT** (vision, one core) learns the renderer's labels: kind, colour, third of the image and "is the centre" by
    patch, clutter included; CLS learns which askable objects, colours and pairs are present (never clutter).
 2. **Decoder** (symbolic, the other core, at the same time) learns to answer from symbol tokens made of the same labels.
@@ -57,18 +82,66 @@ One seed was trained; how much another seed differs is not known.
 3. **Joint** (both cores): the projector is regressed on the symbol tokens, then everything trains on pictures, first
    with a part of the visual tokens, then with all; the term that teaches where to look fades out over the first half,
    the two terms for relations over the whole phase.
+"""
+)
 
+_FROM_LLAVA = (
+    _COMMAND
+    + """
+{start} Symbol tokens start as what LLaVA's visual tokens of the same labels are made of (least squares over 96 training
+scenes). Labels are by token, that is by 2x2 patches; a token belongs to the object whose centre it holds, or to the one
+that covers most of it.
+
+1. **Tower** (vision, one core) learns the renderer's labels: kind, colour{region} and in which of its four patches a
+   centre lies, clutter included; {summary} learns which askable objects, colours and pairs are present (never clutter).
+2. **Decoder** (symbolic, the other core, at the same time) learns to answer from symbol tokens made of the same labels.
+   The first two heads of one layer per kind of question are taught where to look (0-based layer: {reading}).
+   Relations are also taught their two steps: the comparison itself (which of the two is higher, which further left)
+   must be readable at the input of layer {compare}, yes or no at that of layer {verdict}.{place}
+3. **Joint** (both cores): the projector is regressed on the symbol tokens, then everything trains on pictures with all
+   visual tokens; the term that teaches where to look fades out over the first half, the two terms for relations over
+   the whole phase.
+"""
+)
+
+_LABELS = """
 easy-VQA pictures take part in all phases. Their labels follow from each training picture's own questions and answers
 (shape and colour; about one in ten does not tell both) and from its pixels (place).
 
 So the training is not answer-only: labels are used in all phases."""
 
+TRAINING = {
+    "llava": _FROM_NOTHING + _LABELS,
+    "qwen2_vl": _FROM_LLAVA + _LABELS,
+    "internvl": _FROM_LLAVA + _LABELS,
+}
+
+# what the texts above fill in
+OF_MODEL = {
+    "llava": {},
+    "qwen2_vl": {
+        "start": """Decoder and tower start from the tiny LLaVA's (decoder biases zero; places are rotary here, so the
+queries and keys of the first two tower layers start anew).""",
+        "region": "",
+        "summary": "the mean over patches",
+        "place": """
+   Tower and symbols know no places. Rotary positions act on queries and keys only, so visual tokens are also taught to
+   tell their row and column at the input of layer {place_layer}, here and in the joint phase.""",
+    },
+    "internvl": {
+        "start": """Decoder and tower start from the tiny LLaVA's (tower positions resized, decoder biases zero).""",
+        "region": ", third of the image",
+        "summary": "CLS",
+        "place": "",
+    },
+}
+
 MEASURING = """
-Measured by `python -m vtprune.tiny.training --out DIR --phase measure --split {split}`; the tables are written by
-`--phase card`. Everything below comes from that one pass."""
+Measured by `python -m vtprune.tiny.training --model {model} --out DIR --phase measure --split {split}`; the tables are
+written by `--phase card`. Everything below comes from that one pass."""
 
 CLOSING = """
-Rules: random, grid, CLS attention (last ViT layer, mean over heads) and max-min (farthest-point choice by cosine
+Rules: random, grid, {query} (last tower layer, mean over heads) and max-min (farthest-point choice by cosine
 distance of projected tokens, as in DivPrune) prune before the decoder and keep original positions: {scenes} scenes,
 {easy} easy-VQA pictures, many questions per row. The ± of random is half its range over 3 seeds. FastV-like K: layers
 1..K see all tokens, the last prompt token's attention in layer K (mean over heads) chooses what stays; oracle: tokens
@@ -79,6 +152,6 @@ easy-VQA pictures (the first of the same ones); compare them with the random row
 
 * Not a language model: it knows {words} words and the question patterns above, nothing else.
 * Not a stand-in for speed: at this size overheads hide what pruning saves.
-* Not evidence that a method wins on large models: CLS attention is trained on labels, reading depth is taught, and
-  one seed is one model.
-* Not unbiased between methods: clutter was added so that diversity alone costs accuracy at 16 tokens."""
+* Not evidence that a method wins on large models: the tower is trained on labels, reading depth is taught, and one seed
+  is one model.
+* Not unbiased between methods: clutter was added so that diversity alone costs accuracy at 1/16 of the tokens."""

@@ -1,47 +1,31 @@
-"""Pictures and packed questions through the network, layer by layer, so that tokens may be dropped on the way."""
+"""Visual tokens and packed questions through the decoder, layer by layer, so that tokens may be dropped on the way."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from transformers import LlavaForConditionalGeneration
 
 from vtprune.tiny.training.packing import Batch
-from vtprune.tiny.vocabulary import PREFIX, VISUAL_TOKENS
+from vtprune.tiny.training.vlms import Vlm
 
-PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 _BLOCKED = -1e9
 
 
-def pixels(images: np.ndarray) -> torch.Tensor:
-    """[B, 128, 128, 3] uint8 -> [B, 3, 128, 128] float32, normalised as the shipped image processor does."""
-    return ((torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - PIXEL_MEAN) / PIXEL_STD).contiguous()
-
-
-def encode_images(model: LlavaForConditionalGeneration, images: np.ndarray) -> torch.Tensor:
-    """ViT output [B, 1 + N, D_vision], CLS first."""
-    return model.model.vision_tower(pixels(images), return_dict=True).last_hidden_state
-
-
-def project(model: LlavaForConditionalGeneration, encoded: torch.Tensor) -> torch.Tensor:
-    """[B, 1 + N, D_vision] -> visual tokens [B, N, D] as the decoder sees them."""
-    return model.model.multi_modal_projector(encoded[:, 1:])
-
-
 class Packed(NamedTuple):
-    """Decoder input: hidden [B, S, D], positions [B, S], mask [B, 1, S, S] (added to scores), prefix P = S - T."""
+    """Decoder input: hidden [B, S, D], positions [A, B, S] on A rotary axes, mask [B, 1, S, S] (added to scores).
+
+    `prefix` P = S - T columns stand before the text, `before` of them before the picture.
+    """
 
     hidden: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
     prefix: int
+    before: int
 
 
-def pack_inputs(
-    model: LlavaForConditionalGeneration, batch: Batch, visual: torch.Tensor, keep: torch.Tensor | None = None
-) -> Packed:
+def pack_inputs(vlm: Vlm, batch: Batch, visual: torch.Tensor, keep: torch.Tensor | None = None) -> Packed:
     """Decoder input of a batch.
 
     Args:
@@ -49,23 +33,17 @@ def pack_inputs(
         keep: [B, V] ascending indices of the visual tokens to keep, None for all; they keep their positions.
     """
     size, _, width = visual.shape
-    places = torch.arange(VISUAL_TOKENS).expand(size, -1)
+    places = torch.arange(vlm.grid.tokens).expand(size, -1)
     if keep is not None:
         visual = visual.gather(1, keep[..., None].expand(-1, -1, width))
         places = keep
-    embed = model.get_input_embeddings()
-    start = embed(torch.tensor(PREFIX)).expand(size, -1, -1)
-    hidden = torch.cat([start, visual, embed(torch.from_numpy(batch.ids))], 1)
-    prefix = len(PREFIX) + visual.shape[1]
-    text_start = len(PREFIX) + VISUAL_TOKENS
-    positions = torch.cat(
-        [
-            torch.arange(len(PREFIX)).expand(size, -1),
-            len(PREFIX) + places,
-            text_start + torch.from_numpy(batch.positions),
-        ],
-        1,
-    )
+    before = len(vlm.before)
+    start = vlm.embed(torch.tensor(vlm.before)).expand(size, -1, -1)
+    hidden = torch.cat([start, visual, vlm.embed(torch.from_numpy(batch.ids))], 1)
+    prefix = before + visual.shape[1]
+    seen = vlm.visual_positions(places)
+    ahead, behind = torch.arange(before).expand(size, -1), vlm.text_start + torch.from_numpy(batch.positions)
+    positions = torch.cat([ahead.expand(len(seen), -1, -1), seen, behind.expand(len(seen), -1, -1)], -1)
     segments = torch.from_numpy(batch.segments)
     length = hidden.shape[1]
     allowed = torch.zeros(size, length, length, dtype=torch.bool)
@@ -73,14 +51,13 @@ def pack_inputs(
     allowed[:, prefix:, prefix:] = segments[:, :, None] == segments[:, None, :]
     allowed &= torch.ones(length, length, dtype=torch.bool).tril()
     mask = torch.zeros(size, 1, length, length).masked_fill_(~allowed[:, None], _BLOCKED)
-    return Packed(hidden, positions, mask, prefix)
+    return Packed(hidden, positions, mask, prefix, before)
 
 
-def run_layer(model: LlavaForConditionalGeneration, index: int, packed: Packed) -> torch.Tensor:
+def run_layer(vlm: Vlm, index: int, packed: Packed) -> torch.Tensor:
     """Hidden states [B, S, D] behind decoder layer `index`."""
-    language = model.model.language_model
-    rotary = language.rotary_emb(packed.hidden, packed.positions)
-    output = language.layers[index](packed.hidden, attention_mask=packed.mask, position_embeddings=rotary)
+    rotary = vlm.rotary(packed.hidden, packed.positions)
+    output = vlm.decoder.layers[index](packed.hidden, attention_mask=packed.mask, position_embeddings=rotary)
     return output if torch.is_tensor(output) else output[0]
 
 
@@ -90,36 +67,32 @@ def select(packed: Packed, columns: torch.Tensor, prefix: int) -> Packed:
     mask = packed.mask.gather(2, columns[:, None, :, None].expand(-1, 1, -1, packed.mask.shape[-1]))
     return Packed(
         packed.hidden.gather(1, columns[..., None].expand(-1, -1, width)),
-        packed.positions.gather(1, columns),
+        packed.positions.gather(-1, columns.expand(len(packed.positions), -1, -1)),
         mask.gather(3, columns[:, None, None, :].expand(-1, 1, length, -1)),
         prefix,
+        packed.before,
     )
 
 
 def drop_visual(packed: Packed, keep: torch.Tensor) -> Packed:
     """Keeps only the visual tokens `keep` [B, V] (indices into those present); V may be 0."""
-    size, length = packed.positions.shape
-    start = torch.arange(len(PREFIX)).expand(size, -1)
+    _, size, length = packed.positions.shape
+    start = torch.arange(packed.before).expand(size, -1)
     text = torch.arange(packed.prefix, length).expand(size, -1)
-    columns = torch.cat([start, len(PREFIX) + keep, text], 1)
-    return select(packed, columns, len(PREFIX) + keep.shape[1])
+    columns = torch.cat([start, packed.before + keep, text], 1)
+    return select(packed, columns, packed.before + keep.shape[1])
 
 
-def run_decoder(
-    model: LlavaForConditionalGeneration, packed: Packed, first: int = 0
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def run_decoder(vlm: Vlm, packed: Packed, first: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Layers `first` to the last. Returns the normed output [B, S, D] and the input of every layer that ran."""
     inputs = []
-    language = model.model.language_model
-    for index in range(first, len(language.layers)):
+    for index in range(first, len(vlm.decoder.layers)):
         inputs.append(packed.hidden)
-        packed = packed._replace(hidden=run_layer(model, index, packed))
-    return language.norm(packed.hidden), inputs
+        packed = packed._replace(hidden=run_layer(vlm, index, packed))
+    return vlm.decoder.norm(packed.hidden), inputs
 
 
-def answer_logits(
-    model: LlavaForConditionalGeneration, batch: Batch, output: torch.Tensor, prefix: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_logits(vlm: Vlm, batch: Batch, output: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [R, vocabulary] at the places that predict an answer word or <eos>, and the right words [R]."""
     targets = torch.from_numpy(batch.targets)
-    return model.lm_head(output[targets[:, 0], prefix + targets[:, 1]]), targets[:, 2]
+    return vlm.hf.lm_head(output[targets[:, 0], prefix + targets[:, 1]]), targets[:, 2]

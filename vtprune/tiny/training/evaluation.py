@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration
 
 from vtprune.tiny.questions import KINDS_OF_QUESTION
 from vtprune.tiny.training import pruning
@@ -14,18 +13,16 @@ from vtprune.tiny.training.decoder import (
     Packed,
     answer_logits,
     drop_visual,
-    encode_images,
     pack_inputs,
-    project,
     run_decoder,
     run_layer,
 )
 from vtprune.tiny.training.easy import easy_pictures
 from vtprune.tiny.training.packing import Batch, collate, easy_labels, scene_batch
 from vtprune.tiny.training.scoring import Scores, score, score_dropped
-from vtprune.tiny.vocabulary import VISUAL_TOKENS
+from vtprune.tiny.training.vlms import TokenGrid, Vlm
 
-KEEPS = (128, 64, 28, 16, 8)
+SHARES = (2, 4, 9, 16, 32)
 FASTV_LAYERS = (1, 2, 4)
 RANDOM_SEEDS = 3
 _SIZE, _TEXT, _ROW_TEXT, _ROWS = 10, 176, 24, 40
@@ -46,22 +43,29 @@ class Sample:
     drop_scenes: int = 60
 
 
-def scene_batches(sample: Sample, images: int) -> list[Batch]:
+def keeps(tokens: int) -> list[int]:
+    """The numbers of visual tokens that the tables prune to: 1/2, 1/4, 1/9, 1/16 and 1/32 of all."""
+    return [max(1, tokens // share) for share in SHARES]
+
+
+def scene_batches(grid: TokenGrid, sample: Sample, images: int) -> list[Batch]:
     """Scenes 0 .. images-1 with 14 packed questions each."""
     return [
-        scene_batch(sample.split, sample.seed, first, _SIZE, text_tokens=_TEXT) for first in range(0, images, _SIZE)
+        scene_batch(grid, sample.split, sample.seed, first, _SIZE, text_tokens=_TEXT)
+        for first in range(0, images, _SIZE)
     ]
 
 
-def easy_batches(split: str, images: int) -> list[Batch]:
+def easy_batches(grid: TokenGrid, split: str, images: int) -> list[Batch]:
     """The first easy-VQA pictures of a split with all their questions."""
     pictures = easy_pictures(split)[:images]
     batches = []
     for first in range(0, len(pictures), _SIZE):
         chosen = pictures[first : first + _SIZE]
-        labels, names = zip(*map(easy_labels, chosen), strict=True)
+        labels, names = zip(*(easy_labels(grid, picture) for picture in chosen), strict=True)
         drafts = [picture.drafts for picture in chosen]
-        batches.append(collate([picture.pixels for picture in chosen], list(labels), list(names), drafts, _TEXT))
+        images_of = [picture.pixels for picture in chosen]
+        batches.append(collate(grid, images_of, list(labels), list(names), drafts, _TEXT))
     return batches
 
 
@@ -75,12 +79,18 @@ def intervals(scores: Scores) -> dict[str, tuple[float, float, float, int]]:
     return table
 
 
-def measure_packed(model: LlavaForConditionalGeneration, sample: Sample) -> Table:
+def see(vlm: Vlm, batch: Batch) -> torch.Tensor:
+    """Visual tokens [B, V, D] of a batch's pictures."""
+    return vlm.project(vlm.encode(batch.images).cells)
+
+
+def measure_packed(vlm: Vlm, sample: Sample) -> Table:
     """Everything that needs no attention inside the decoder; many questions share one picture."""
-    batches = scene_batches(sample, sample.scenes) + easy_batches(sample.split, sample.easy)
+    grid = vlm.grid
+    batches = scene_batches(grid, sample, sample.scenes) + easy_batches(grid, sample.split, sample.easy)
     with torch.no_grad():
-        visual = {id(batch): project(model, encode_images(model, batch.images)) for batch in batches}
-        attention = {id(batch): pruning.class_attention(model, batch.images) for batch in batches}
+        visual = {id(batch): see(vlm, batch) for batch in batches}
+        attention = {id(batch): vlm.tower_attention(batch.images) for batch in batches}
     table: Table = {}
 
     def look(batch: Batch) -> torch.Tensor:
@@ -89,36 +99,41 @@ def measure_packed(model: LlavaForConditionalGeneration, sample: Sample) -> Tabl
     def none(batch: Batch, _: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(batch.ids), 0, dtype=torch.long)
 
-    table["all tokens"] = {str(VISUAL_TOKENS): intervals(score(model, batches, look))}
-    table["no visual tokens"] = {"0": intervals(score(model, batches, look, none))}
-    wrong = score(model, batches, lambda batch: look(batch).roll(1, 0))
-    table["wrong image"] = {str(VISUAL_TOKENS): intervals(wrong)}
-    for keep in KEEPS:
+    every = str(grid.tokens)
+    table["all tokens"] = {every: intervals(score(vlm, batches, look))}
+    table["no visual tokens"] = {"0": intervals(score(vlm, batches, look, none))}
+    wrong = score(vlm, batches, lambda batch: look(batch).roll(1, 0))
+    table["wrong image"] = {every: intervals(wrong)}
+    for keep in keeps(grid.tokens):
         for seed in range(RANDOM_SEEDS):
             draws = torch.Generator().manual_seed(seed)
-            scores = score(model, batches, look, lambda b, _, k=keep, g=draws: pruning.random_rule(len(b.ids), k, g))
-            table.setdefault(f"random {seed}", {})[str(keep)] = intervals(scores)
+
+            def drawn(batch: Batch, _: torch.Tensor, k: int = keep, g: torch.Generator = draws) -> torch.Tensor:
+                return pruning.random_rule(grid, len(batch.ids), k, g)
+
+            table.setdefault(f"random {seed}", {})[str(keep)] = intervals(score(vlm, batches, look, drawn))
         rules = {
-            "grid": lambda b, _, k=keep: pruning.grid_rule(len(b.ids), k),
-            "CLS attention": lambda b, _, k=keep: pruning.top(attention[id(b)], k),
+            "grid": lambda b, _, k=keep: pruning.grid_rule(grid, len(b.ids), k),
+            vlm.query_name: lambda b, _, k=keep: pruning.top(attention[id(b)], k),
             "max-min": lambda _, v, k=keep: pruning.max_min_rule(v, k),
         }
         for name, rule in rules.items():
-            table.setdefault(name, {})[str(keep)] = intervals(score(model, batches, look, rule))
-    everything = easy_batches(sample.split, sample.easy_full)
-    full = score(model, everything, lambda b: project(model, encode_images(model, b.images)))
-    table["all easy-VQA pictures"] = {str(VISUAL_TOKENS): intervals(full)}
+            table.setdefault(name, {})[str(keep)] = intervals(score(vlm, batches, look, rule))
+    everything = easy_batches(grid, sample.split, sample.easy_full)
+    full = score(vlm, everything, lambda batch: see(vlm, batch))
+    table["all easy-VQA pictures"] = {every: intervals(full)}
     return table
 
 
-def measure_depth(model: LlavaForConditionalGeneration, sample: Sample) -> dict[str, dict[str, float]]:
+def measure_depth(vlm: Vlm, sample: Sample) -> dict[str, dict[str, float]]:
     """Accuracy by k when all visual tokens are dropped after the first k decoder layers."""
-    batches = scene_batches(sample, sample.drop_scenes) + easy_batches(sample.split, sample.row_easy)
-    dropped = score_dropped(model, batches, lambda b: project(model, encode_images(model, b.images)))
+    grid = vlm.grid
+    batches = scene_batches(grid, sample, sample.drop_scenes) + easy_batches(grid, sample.split, sample.row_easy)
+    dropped = score_dropped(vlm, batches, lambda batch: see(vlm, batch))
     return {str(k): summary for k, summary in dropped.items()}
 
 
-def _rows(batch: Batch, first_picture: int) -> list[tuple[Batch, list[int], list[int]]]:
+def _rows(grid: TokenGrid, batch: Batch, first_picture: int) -> list[tuple[Batch, list[int], list[int]]]:
     """The questions of a batch, one per row: (batch of rows, row -> picture in the batch, picture numbers)."""
     pairs = [(row, draft) for row, asked in enumerate(batch.drafts) for draft in asked]
     result = []
@@ -126,13 +141,13 @@ def _rows(batch: Batch, first_picture: int) -> list[tuple[Batch, list[int], list
         chosen = pairs[start : start + _ROWS]
         source = [row for row, _ in chosen]
         labels, names = list(batch.labels[source]), list(batch.names[source])
-        rows = collate([], labels, names, [[draft] for _, draft in chosen], _ROW_TEXT)
+        rows = collate(grid, [], labels, names, [[draft] for _, draft in chosen], _ROW_TEXT)
         result.append((rows, source, [first_picture + row for row in source]))
     return result
 
 
 def _score_rows(
-    model: LlavaForConditionalGeneration,
+    vlm: Vlm,
     rows: Batch,
     visual: torch.Tensor,
     pictures: list[int],
@@ -142,41 +157,42 @@ def _score_rows(
     """Full, random, oracle and FastV-like on the same rows, added to `scores` by (rule, tokens kept)."""
 
     def add(name: str, keep: int, packed: Packed, first: int = 0) -> None:
-        output, _ = run_decoder(model, packed, first=first)
-        logits, words = answer_logits(model, rows, output, packed.prefix)
+        output, _ = run_decoder(vlm, packed, first=first)
+        logits, words = answer_logits(vlm, rows, output, packed.prefix)
         scores.setdefault((name, keep), Scores()).add(rows, (logits.argmax(-1) == words).numpy(), pictures)
 
-    noise = torch.rand(len(rows.ids), VISUAL_TOKENS, generator=torch.Generator().manual_seed(seed))
-    packed = pack_inputs(model, rows, visual)
-    add("all tokens", VISUAL_TOKENS, packed)
+    noise = torch.rand(len(rows.ids), vlm.grid.tokens, generator=torch.Generator().manual_seed(seed))
+    packed = pack_inputs(vlm, rows, visual)
+    add("all tokens", vlm.grid.tokens, packed)
     values = {"random": noise}
     if len(rows.reads):
         values["oracle"] = pruning.oracle_values(rows, noise)
     for name, value in values.items():
-        for keep in KEEPS:
-            add(name, keep, pack_inputs(model, rows, visual, pruning.top(value, keep)))
+        for keep in keeps(vlm.grid.tokens):
+            add(name, keep, pack_inputs(vlm, rows, visual, pruning.top(value, keep)))
     targets = torch.from_numpy(rows.targets)
     # the first target of a row is predicted by its last prompt token
     last = torch.stack([targets[targets[:, 0] == row][0, 1] for row in range(len(rows.ids))])
     for layer in range(max(FASTV_LAYERS)):
-        attention = pruning.prompt_attention(model, layer, packed, last)
-        packed = packed._replace(hidden=run_layer(model, layer, packed))
+        attention = pruning.prompt_attention(vlm, layer, packed, last)
+        packed = packed._replace(hidden=run_layer(vlm, layer, packed))
         if layer + 1 in FASTV_LAYERS:
-            for keep in KEEPS:
+            for keep in keeps(vlm.grid.tokens):
                 fewer = drop_visual(packed, pruning.top(attention, keep))
                 add(f"FastV-like K={layer + 1}", keep, fewer, first=layer + 1)
 
 
-def measure_rows(model: LlavaForConditionalGeneration, sample: Sample) -> Table:
+def measure_rows(vlm: Vlm, sample: Sample) -> Table:
     """Rules that depend on the question, so one question per row, on fewer pictures."""
     scores: dict[tuple[str, int], Scores] = {}
     picture = 0
-    scenes, easy = scene_batches(sample, sample.row_scenes), easy_batches(sample.split, sample.row_easy)
+    scenes = scene_batches(vlm.grid, sample, sample.row_scenes)
+    easy = easy_batches(vlm.grid, sample.split, sample.row_easy)
     with torch.no_grad():
         for batch in scenes + easy:
-            visual = project(model, encode_images(model, batch.images))
-            for number, (rows, source, pictures) in enumerate(_rows(batch, picture)):
-                _score_rows(model, rows, visual[source], pictures, scores, 1000 * picture + number)
+            visual = see(vlm, batch)
+            for number, (rows, source, pictures) in enumerate(_rows(vlm.grid, batch, picture)):
+                _score_rows(vlm, rows, visual[source], pictures, scores, 1000 * picture + number)
             picture += len(batch.ids)
     table: Table = {}
     for (name, keep), entry in scores.items():

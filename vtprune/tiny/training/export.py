@@ -6,91 +6,49 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import (
-    CLIPImageProcessor,
-    GenerationConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from safetensors.torch import load_file
+from transformers import GenerationConfig
 
-from vtprune.tiny import vocabulary
+from vtprune.tiny import load_folder, vocabulary
 from vtprune.tiny.scenes import scene_questions
-from vtprune.tiny.training.decoder import PIXEL_MEAN, PIXEL_STD
-from vtprune.tiny.training.network import build_llava
+from vtprune.tiny.storage import FILE, write_weights
+from vtprune.tiny.training.vlms import Vlm, vlm_class
 
-_TEMPLATE = (
-    "<bos> {% for m in messages %}{{ m['role'] }} : {% if m['content'] is string %}{{ m['content'] }} "
-    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
-    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endif %}"
-    "{% if m['role'] == 'assistant' %}<eos> {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant :{% endif %}"
-)
 _EXAMPLE_SEED = 7
 
 
-def build_processor() -> LlavaProcessor:
-    """Word-level tokenizer, image processor and chat template of the tiny LLaVA."""
-    tokenizer = Tokenizer(models.WordLevel(vocabulary.WORD_IDS, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\w+>|\w+|[^\w\s]"), "removed", invert=True)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = _TEMPLATE
-    images = CLIPImageProcessor(
-        do_resize=True,
-        size={"height": vocabulary.IMAGE_SIZE, "width": vocabulary.IMAGE_SIZE},
-        resample=2,
-        do_center_crop=False,
-        do_rescale=True,
-        do_normalize=True,
-        image_mean=[PIXEL_MEAN] * 3,
-        image_std=[PIXEL_STD] * 3,
-        do_convert_rgb=True,
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=fast,
-        patch_size=vocabulary.PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=_TEMPLATE,
-    )
+def load_exported(name: str, folder: Path) -> Vlm:
+    """The network with the weights that `export` wrote, run in fp32, in eval mode."""
+    vlm = vlm_class(name)()
+    vlm.hf = load_folder(folder, torch.float32)
+    return vlm.eval()
 
 
-def load_trained(weights: Path) -> LlavaForConditionalGeneration:
-    """The network with the weights of a `joint.pt`, fp32, in eval mode."""
-    model = build_llava()
-    state = {name.removeprefix("llava."): value for name, value in torch.load(weights).items()}
-    model.load_state_dict(state)
-    return model.eval()
+def export(name: str, weights: Path, folder: Path) -> None:
+    """Writes the weights of a `joint.pt` to `folder`, with config, tokenizer, processor and chat template.
 
-
-def export(weights: Path, folder: Path) -> None:
-    """Writes `weights` to `folder` in fp16 with config, tokenizer, processor and chat template."""
+    Those of the tiny LLaVA in fp16, as transformers stores them; the others in int8, so that all fit in 15 MB.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    model = load_trained(weights)
-    model.generation_config = GenerationConfig(
+    vlm = vlm_class(name)()
+    vlm.hf.load_state_dict(torch.load(weights))
+    vlm.hf.generation_config = GenerationConfig(
         bos_token_id=vocabulary.BOS,
         eos_token_id=vocabulary.EOS,
         pad_token_id=vocabulary.PAD,
         max_new_tokens=8,
         do_sample=False,
     )
-    model.half().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    # safetensors writes 0600; everybody who installs the package must be able to read it
-    (folder / "model.safetensors").chmod(0o644)
+    native = folder / "model.safetensors"
+    if vlm.stored_in_int8:
+        vlm.hf.save_pretrained(folder)
+        write_weights(load_file(native), folder / FILE)
+        native.unlink()
+    else:
+        vlm.hf.half().save_pretrained(folder)
+        # safetensors writes 0600; everybody who installs the package must be able to read it
+        native.chmod(0o644)
+    vlm.build_processor().save_pretrained(folder)
 
 
 def write_examples(folder: Path, images: int = 3, per_image: int = 4) -> None:

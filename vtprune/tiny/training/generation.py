@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from vtprune.tiny import load_folder
 from vtprune.tiny.easy_vqa import easy_vqa_questions
 from vtprune.tiny.scenes import Question, scene_questions
 from vtprune.tiny.training.evaluation import Sample
@@ -26,7 +27,7 @@ def answer_ids(model: PreTrainedModel, processor: ProcessorMixin, image: Image.I
 
 def measure_generation(folder: Path, sample: Sample) -> dict[str, int]:
     """How many of some test questions come out right, and how many answers stop at <eos>."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_folder(folder, torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
     entries = scene_questions(sample.split, sample.row_scenes, sample.seed)
     entries += easy_vqa_questions(sample.split, sample.row_easy, per_image=4)

@@ -1,7 +1,8 @@
-"""Batches: pictures with patch labels, and many questions about one picture packed into one row.
+"""Batches: pictures with token labels, and many questions about one picture packed into one row.
 
-A packed row is `<bos> user : <image>*256`, then for every question `question assistant : answer`. A question sees
-the prefix and itself only, and its positions start right behind the picture, as if it stood there alone.
+A packed row is `<bos> user : <image>*V`, then for every question `question assistant : answer`. A question sees
+the prefix and itself only, and its positions start right behind the picture, as if it stood there alone. What stands
+between picture and question is repeated before every question.
 """
 
 from __future__ import annotations
@@ -17,35 +18,34 @@ from vtprune.tiny.questions import FIRST_ANSWER_TOKEN, LAST_PROMPT_TOKEN, WEIGHT
 from vtprune.tiny.scenes import SceneObject, paint, question_generator, scene_objects
 from vtprune.tiny.training.easy import EasyPicture, easy_pictures
 from vtprune.tiny.training.recipe import READ_LAYER
+from vtprune.tiny.training.vlms import TokenGrid
 from vtprune.tiny.vocabulary import (
     ASKED_COLORS,
     ASKED_KINDS,
     COLORS,
     EOS,
-    GRID,
     IMAGE_SIZE,
     KINDS,
-    PATCH_SIZE,
     SUFFIX,
-    VISUAL_TOKENS,
     encode,
 )
 
 NAMES = ASKED_KINDS + ASKED_COLORS + ASKED_KINDS * ASKED_COLORS
 NO_REGION = 9
 IGNORE = -100
-_COVERED_PX = 9
+# 9 of the 64 px of a patch
+_COVERED = 9 / 64
 QUESTIONS_PER_ROW, TEXT_TOKENS = 14, 152
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures with labels and packed questions; N = 256 patches, T text tokens.
+    """B pictures with labels and packed questions; V visual tokens, T text tokens.
 
     images: [B, 128, 128, 3] uint8, empty when only labels were wanted.
-    labels: [B, 5, N] int64 by patch: kind + 1 and colour + 1 (0 ground), region of the object's centre (0..8, 9 none),
-        object number (-1 none), is the patch the object's centre; kind or colour is IGNORE where an easy-VQA picture
-        does not tell it.
+    labels: [B, 5, V] int64 by token: kind + 1 and colour + 1 (0 ground), region of the object's centre (0..8, 9 none),
+        object number (-1 none), in which of its patches the object's centre lies (from 1; 0: not here); kind or colour
+        is IGNORE where an easy-VQA picture does not tell it.
     names: [B, NAMES] float32, which askable kinds, colours and pairs are in the picture; -1 when unknown.
     ids, segments, positions: [B, T] int64; segment 0 is padding.
     targets: [R, 5] int64: picture, text position that predicts, word, question, is the word <eos>.
@@ -66,8 +66,8 @@ class Batch:
     drafts: list[list[Draft]]
 
 
-def patch_labels(objects: list[SceneObject]) -> np.ndarray:
-    """[5, N] labels of one scene; a patch belongs to the object that covers most of it, from 9 of 64 px."""
+def token_labels(grid: TokenGrid, objects: list[SceneObject]) -> np.ndarray:
+    """[5, V] labels of one scene; a token belongs to the object that covers most of it, from a seventh of it on."""
     cover = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.int64)
     for number, item in enumerate(objects):
         box = cover[item.top : item.top + item.size, item.left : item.left + item.size]
@@ -77,34 +77,45 @@ def patch_labels(objects: list[SceneObject]) -> np.ndarray:
             box[sprites.shape_mask(KINDS[item.kind], item.size, item.variant) > 0.5] = number + 1
     centers = [item.center for item in objects]
     table = [(item.kind + 1, item.color + 1, item.row * 3 + item.column) for item in objects]
-    return _label_patches(cover, centers, table)
+    return _label_tokens(grid, cover, centers, table)
 
 
-def _label_patches(
-    cover: np.ndarray, centers: list[tuple[float, float]], table: list[tuple[int, int, int]]
+def _label_tokens(
+    grid: TokenGrid, cover: np.ndarray, centers: list[tuple[float, float]], table: list[tuple[int, int, int]]
 ) -> np.ndarray:
-    """[5, N] labels from a map of object numbers + 1, and each object's centre and (kind + 1, colour + 1, region)."""
-    blocks = cover.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(VISUAL_TOKENS, -1)
+    """[5, V] labels from a map of object numbers + 1, and each object's centre and (kind + 1, colour + 1, region).
+
+    Where several objects have their centre in one token, it belongs to the first: those that are asked about come
+    before clutter, and no two of them are that close.
+    """
+    side, cell, tokens = grid.side, grid.cell, grid.tokens
+    if grid.pixels != IMAGE_SIZE:
+        nearest = (np.arange(grid.pixels) + 0.5) * IMAGE_SIZE // grid.pixels
+        cover = cover[np.ix_(nearest.astype(int), nearest.astype(int))]
+    blocks = cover.reshape(side, cell, side, cell).transpose(0, 2, 1, 3).reshape(tokens, -1)
     width = len(centers) + 1
-    flat = blocks + np.arange(VISUAL_TOKENS)[:, None] * width
-    area = np.bincount(flat.ravel(), minlength=VISUAL_TOKENS * width).reshape(VISUAL_TOKENS, width)[:, 1:]
-    owner = np.where(area.max(1) >= _COVERED_PX, area.argmax(1), -1)
-    middle = np.array([[int(axis // PATCH_SIZE) for axis in center] for center in centers], np.int64) @ (GRID, 1)
-    owner[middle] = np.arange(len(centers))
+    flat = blocks + np.arange(tokens)[:, None] * width
+    area = np.bincount(flat.ravel(), minlength=tokens * width).reshape(tokens, width)[:, 1:]
+    owner = np.where(area.max(1) >= _COVERED * cell**2, area.argmax(1), -1)
+    patch = np.array([[int(axis * side * grid.merge // IMAGE_SIZE) for axis in center] for center in centers], np.int64)
+    middle, inner = np.divmod(patch, grid.merge)
+    middle, inner = middle @ (side, 1), 1 + inner @ (grid.merge, 1)
+    place = np.zeros((1, tokens), np.int64)
+    # the first object is written last
+    owner[middle[::-1]] = np.arange(len(centers))[::-1]
+    place[0, middle[::-1]] = inner[::-1]
     labels = np.where(owner[None] >= 0, np.array(table)[owner].T, np.array([[0], [0], [NO_REGION]]))
-    is_center = np.zeros((1, VISUAL_TOKENS), np.int64)
-    is_center[0, middle] = 1
-    return np.concatenate([labels, owner[None], is_center])
+    return np.concatenate([labels, owner[None], place])
 
 
-def easy_labels(picture: EasyPicture) -> tuple[np.ndarray, np.ndarray]:
-    """([5, N] patch labels, [NAMES] names) of an easy-VQA picture, as of a scene with one object."""
+def easy_labels(grid: TokenGrid, picture: EasyPicture) -> tuple[np.ndarray, np.ndarray]:
+    """([5, V] token labels, [NAMES] names) of an easy-VQA picture, as of a scene with one object."""
     down, across = ((float(axis.min()) + float(axis.max())) / 2 for axis in np.nonzero(picture.cover))
     row, column = (int(axis * 3 // IMAGE_SIZE) for axis in (down, across))
     kind, color = picture.kind, picture.color
     told_kind, told_color = (IGNORE if value is None else value + 1 for value in (kind, color))
     table = [(told_kind, told_color, row * 3 + column)]
-    labels = _label_patches(picture.cover.astype(np.int64), [(down, across)], table)
+    labels = _label_tokens(grid, picture.cover.astype(np.int64), [(down, across)], table)
     if kind is None or color is None:
         return labels, np.full(NAMES, -1, np.float32)
     names = np.zeros(NAMES, np.float32)
@@ -127,7 +138,7 @@ def _prompt(question: str) -> tuple[int, ...]:
 
 
 def pack(
-    row: int, drafts: list[Draft], length: int
+    row: int, drafts: list[Draft], length: int, after: tuple[int, ...] = ()
 ) -> tuple[np.ndarray, list[tuple], list[tuple], list[tuple], list[Draft]]:
     """One row: (ids, segments, positions) [3, length], targets, reads, compares, and the questions that fitted."""
     text = np.zeros((3, length), np.int64)
@@ -137,7 +148,7 @@ def pack(
     fitted: list[Draft] = []
     start = 0
     for draft in drafts:
-        prompt, answer = _prompt(draft.question), encode(draft.answer)
+        prompt, answer = (*after, *_prompt(draft.question)), encode(draft.answer)
         end = start + len(prompt) + len(answer)
         if end > length:
             continue
@@ -149,17 +160,18 @@ def pack(
         for offset, word in enumerate((*answer, EOS)):
             targets.append((row, last + offset, word, len(fitted), int(word == EOS)))
         for read in draft.reads:
-            position = places.get(read.position, start + read.position)
+            position = places.get(read.position, start + len(after) + read.position)
             reads.append((row, position, read.objects, read.mode, READ_LAYER[draft.kind]))
         if draft.compare is not None:
             place, down, right, says_yes = draft.compare
-            compares.append((row, start + place, round(down), round(right), int(says_yes)))
+            compares.append((row, start + len(after) + place, round(down), round(right), int(says_yes)))
         fitted.append(draft)
         start = end
     return text, targets, reads, compares, fitted
 
 
 def collate(
+    grid: TokenGrid,
     images: list[np.ndarray],
     labels: list[np.ndarray],
     names: list[np.ndarray],
@@ -167,7 +179,7 @@ def collate(
     text_tokens: int = TEXT_TOKENS,
 ) -> Batch:
     """Packs the questions of each picture and stacks everything."""
-    packed = [pack(row, asked, text_tokens) for row, asked in enumerate(drafts)]
+    packed = [pack(row, asked, text_tokens, grid.after) for row, asked in enumerate(drafts)]
     text = np.stack([entry[0] for entry in packed])
     targets = [target for entry in packed for target in entry[1]]
     reads = [read for entry in packed for read in entry[2]]
@@ -187,6 +199,7 @@ def collate(
 
 
 def scene_batch(
+    grid: TokenGrid,
     split: str,
     seed: int,
     first: int,
@@ -208,7 +221,7 @@ def scene_batch(
             picture = pictures[int(rng.integers(len(pictures)))]
             if painted:
                 images.append(picture.pixels)
-            patches, named = easy_labels(picture)
+            patches, named = easy_labels(grid, picture)
             labels.append(patches)
             names.append(named)
             drafts.append(
@@ -218,10 +231,10 @@ def scene_batch(
         objects = scene_objects(split, seed, index, dense=dense)
         if painted:
             images.append(paint(objects, split, seed, index))
-        labels.append(patch_labels(objects))
+        labels.append(token_labels(grid, objects))
         names.append(_names(objects))
         drafts.append(ask(objects, rng, questions, weights) if questions else [])
-    return collate(images, labels, names, drafts, text_tokens if questions else 8)
+    return collate(grid, images, labels, names, drafts, text_tokens if questions else 8)
 
 
 COLOR_CLASSES, KIND_CLASSES = len(COLORS) + 1, len(KINDS) + 1

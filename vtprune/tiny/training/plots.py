@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vtprune.tiny.training.evaluation import KEEPS, RANDOM_SEEDS
+from vtprune.tiny.training.evaluation import RANDOM_SEEDS, keeps
+from vtprune.tiny.training.vlms import vlm_class
 
 _DEPTH_KINDS = ("digit_frame", "shape_color", "color", "exist", "where", "obj_loc", "count", "relation")
 
@@ -16,7 +17,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def draw_curves(folder: Path, results: dict[str, Any], target: Path) -> None:
+def draw_curves(model: str, folder: Path, results: dict[str, Any], target: Path) -> None:
     """Draws from the logs in `folder` and the measurements `results`."""
     import matplotlib
 
@@ -32,14 +33,16 @@ def draw_curves(folder: Path, results: dict[str, Any], target: Path) -> None:
     axes[1, 0].plot(layers, [depth[str(k)]["scenes"] for k in layers], "k", label="all scenes", linewidth=2)
     axes[1, 0].set(title="all visual tokens dropped after k layers", xlabel="k", ylabel="% right")
     axes[1, 0].legend(fontsize=7)
-    packed, keeps = results["packed"], [str(keep) for keep in KEEPS]
-    for name in ("grid", "CLS attention", "max-min"):
-        axes[1, 1].plot(KEEPS, [packed[name][keep]["scenes"][0] for keep in keeps], "o-", label=name)
-    drawn = [[packed[f"random {seed}"][keep]["scenes"][0] for seed in range(RANDOM_SEEDS)] for keep in keeps]
-    axes[1, 1].plot(KEEPS, [sum(values) / len(values) for values in drawn], "o-", label="random")
-    axes[1, 1].axhline(packed["all tokens"]["256"]["scenes"][0], color="k", linewidth=1)
-    axes[1, 1].set(title="scenes, pruned before the decoder", xlabel="visual tokens", xscale="log", xticks=KEEPS)
-    axes[1, 1].set_xticklabels(keeps)
+    vlm = vlm_class(model)
+    packed, kept = results["packed"], keeps(vlm.grid.tokens)
+    names = [str(keep) for keep in kept]
+    for name in ("grid", vlm.query_name, "max-min"):
+        axes[1, 1].plot(kept, [packed[name][keep]["scenes"][0] for keep in names], "o-", label=name)
+    drawn = [[packed[f"random {seed}"][keep]["scenes"][0] for seed in range(RANDOM_SEEDS)] for keep in names]
+    axes[1, 1].plot(kept, [sum(values) / len(values) for values in drawn], "o-", label="random")
+    axes[1, 1].axhline(packed["all tokens"][str(vlm.grid.tokens)]["scenes"][0], color="k", linewidth=1)
+    axes[1, 1].set(title="scenes, pruned before the decoder", xlabel="visual tokens", xscale="log", xticks=kept)
+    axes[1, 1].set_xticklabels(names)
     axes[1, 1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(target, dpi=80)
@@ -50,7 +53,7 @@ def _draw_learning(axes: Any, folder: Path) -> None:
     vision = [line for line in read_curve(folder / "vision.jsonl") if "kind" in line]
     for name in ("kind", "digit", "color"):
         axes[0].plot([line["step"] for line in vision], [100 * line[name] for line in vision], label=name)
-    axes[0].set(title="phase 1: ViT, patch labels (training batches)", xlabel="step", ylabel="% right")
+    axes[0].set(title="phase 1: tower, token labels (training batches)", xlabel="step", ylabel="% right")
     axes[0].legend(fontsize=7)
     for name in ("symbolic", "joint"):
         lines = [line for line in read_curve(folder / f"{name}.jsonl") if "dev_step" in line]

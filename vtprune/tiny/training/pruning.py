@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import LlavaForConditionalGeneration
 
-from vtprune.tiny.training.decoder import Packed, pixels
+from vtprune.tiny.training.decoder import Packed
 from vtprune.tiny.training.packing import Batch
-from vtprune.tiny.vocabulary import GRID, PREFIX, VISUAL_TOKENS
+from vtprune.tiny.training.vlms import TokenGrid, Vlm
+from vtprune.tiny.training.vlms.base import HEADS, KEY_VALUE_HEADS
 
 
 def top(values: torch.Tensor, keep: int) -> torch.Tensor:
@@ -20,21 +20,22 @@ def top(values: torch.Tensor, keep: int) -> torch.Tensor:
     return values.topk(keep, -1).indices.sort(-1).values
 
 
-def random_rule(rows: int, keep: int, generator: torch.Generator) -> torch.Tensor:
+def random_rule(grid: TokenGrid, rows: int, keep: int, generator: torch.Generator) -> torch.Tensor:
     """Uniformly drawn tokens."""
-    return top(torch.rand(rows, VISUAL_TOKENS, generator=generator), keep)
+    return top(torch.rand(rows, grid.tokens, generator=generator), keep)
 
 
-def grid_rule(rows: int, keep: int) -> torch.Tensor:
+def grid_rule(grid: TokenGrid, rows: int, keep: int) -> torch.Tensor:
     """A regular grid of at most `keep` tokens, as square as it goes; a chequerboard for half of them."""
-    if keep == VISUAL_TOKENS // 2:
-        places = [place for place in range(VISUAL_TOKENS) if (place // GRID + place % GRID) % 2 == 0]
+    side = grid.side
+    if keep == grid.tokens // 2:
+        places = [place for place in range(grid.tokens) if (place // side + place % side) % 2 == side % 2]
         return torch.tensor(places).expand(rows, -1)
-    shapes = [(down, across) for down in range(1, GRID + 1) for across in range(1, GRID + 1) if down * across <= keep]
+    shapes = [(down, across) for down in range(1, side + 1) for across in range(1, side + 1) if down * across <= keep]
     down, across = max(shapes, key=lambda shape: 2 * shape[0] * shape[1] - abs(shape[0] - shape[1]))
-    lines = [int((line + 0.5) * GRID / down) for line in range(down)]
-    columns = [int((column + 0.5) * GRID / across) for column in range(across)]
-    return torch.tensor([line * GRID + column for line in lines for column in columns]).expand(rows, -1)
+    lines = [int((line + 0.5) * side / down) for line in range(down)]
+    columns = [int((column + 0.5) * side / across) for column in range(across)]
+    return torch.tensor([line * side + column for line in lines for column in columns]).expand(rows, -1)
 
 
 def max_min_rule(visual: torch.Tensor, keep: int) -> torch.Tensor:
@@ -43,7 +44,7 @@ def max_min_rule(visual: torch.Tensor, keep: int) -> torch.Tensor:
     distance = 1 - unit @ unit.transpose(1, 2)
     rows = torch.arange(len(visual))
     far = 9.0
-    newest = (distance + far * torch.eye(VISUAL_TOKENS)).amin(-1).argmax(-1)
+    newest = (distance + far * torch.eye(visual.shape[1])).amin(-1).argmax(-1)
     nearest = torch.full(distance.shape[:2], far)
     chosen = []
     for _ in range(keep):
@@ -54,36 +55,14 @@ def max_min_rule(visual: torch.Tensor, keep: int) -> torch.Tensor:
     return torch.stack(chosen, 1).sort(1).values
 
 
-def class_attention(model: LlavaForConditionalGeneration, images: np.ndarray) -> torch.Tensor:
-    """Attention of CLS to each patch in the last ViT layer, mean over heads, [B, N]."""
-    output = model.model.vision_tower(pixels(images), output_attentions=True, return_dict=True)
-    return output.attentions[-1][:, :, 0, 1:].mean(1)
-
-
-def prompt_attention(
-    model: LlavaForConditionalGeneration, layer: int, packed: Packed, last: torch.Tensor
-) -> torch.Tensor:
-    """Attention [B, N] that the last prompt token (text position `last` [B]) pays in decoder layer `layer`."""
-    language = model.model.language_model
-    block = language.layers[layer]
-    attention = block.self_attn
-    normed = block.input_layernorm(packed.hidden)
-    size, length, _ = normed.shape
-    shape = (size, length, -1, attention.head_dim)
-    query = attention.q_proj(normed).view(shape).transpose(1, 2)
-    key = attention.k_proj(normed).view(shape).transpose(1, 2)
-    cosine, sine = (part[:, None] for part in language.rotary_emb(packed.hidden, packed.positions))
-    query, key = (side * cosine + _rotate(side) * sine for side in (query, key))
+def prompt_attention(vlm: Vlm, layer: int, packed: Packed, last: torch.Tensor) -> torch.Tensor:
+    """Attention [B, V] that the last prompt token (text position `last` [B]) pays in decoder layer `layer`."""
+    query, key = vlm.heads(layer, packed.hidden, packed.positions, HEADS, KEY_VALUE_HEADS)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    rows, place = torch.arange(size), packed.prefix + last
-    scores = torch.einsum("bhd,bhsd->bhs", query[rows, :, place], key) * attention.head_dim**-0.5
+    rows, place = torch.arange(len(query)), packed.prefix + last
+    scores = torch.einsum("bhd,bhsd->bhs", query[rows, :, place], key) * query.shape[-1] ** -0.5
     weights = (scores + packed.mask[rows, 0, place][:, None]).softmax(-1).mean(1)
-    return weights[:, len(PREFIX) : packed.prefix]
-
-
-def _rotate(side: torch.Tensor) -> torch.Tensor:
-    first, second = side.chunk(2, -1)
-    return torch.cat([-second, first], -1)
+    return weights[:, packed.before : packed.prefix]
 
 
 def oracle_values(batch: Batch, noise: torch.Tensor) -> torch.Tensor:
@@ -93,4 +72,4 @@ def oracle_values(batch: Batch, noise: torch.Tensor) -> torch.Tensor:
     for row, _, objects, _, _ in batch.reads.tolist():
         bits[row] |= objects
     asked = (owner >= 0) & ((torch.from_numpy(bits)[:, None] >> owner.clamp(min=0)) & 1 > 0)
-    return noise + 2.0 * asked + 2.0 * (asked & (is_center == 1))
+    return noise + 2.0 * asked + 2.0 * (asked & (is_center > 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vtprune.tiny.questions import WEIGHTS
 
@@ -25,6 +25,8 @@ TRAINING_WEIGHTS = {**WEIGHTS, "relation": 3.0, "obj_loc": 2.0, "count": 3.0}
 READ_HEADS = 2
 # decoder layers (0-based) at whose input a relation's comparison, then its verdict, must be readable
 COMPARE_LAYER, VERDICT_LAYER = 8, 10
+# decoder layer (0-based) at whose input visual tokens without positions of their own must tell row and column
+PLACE_LAYER = 2
 # weight of the <eos> target after every answer against the words of the answer
 EOS_WEIGHT = 0.2
 
@@ -33,9 +35,11 @@ EOS_WEIGHT = 0.2
 class Recipe:
     """Step counts, not time budgets, so that the result does not depend on how fast the machine is.
 
-    Batches count images. `*_rate` are peak learning rates of AdamW, cosine with warm-up.
+    Batches count images. `*_rate` are peak learning rates of AdamW, cosine with warm-up. `*_tokens` are the visual
+    tokens that a phase shows, 0 for all. The numbers are those of the tiny LLaVA; `recipe_for` has the others.
     """
 
+    model: str = "llava"
     seed: int = 0
     vision_steps: int = 1500
     vision_rate: float = 1.5e-3
@@ -60,6 +64,7 @@ class Recipe:
     joint_label_weight: float = 0.3
     read_weight: float = 0.6
     compare_weight: float = 0.3
+    place_weight: float = 0.3
     workers: int = 2
     evaluate_every: int = 200
 
@@ -69,3 +74,17 @@ class Recipe:
                 f"joint_batch and align_batch must be multiples of workers={self.workers}, got "
                 f"{self.joint_batch} and {self.align_batch}. Change workers or the batches."
             )
+
+
+# these start from the shipped LLaVA and have a third of its visual tokens, all of which they see throughout
+_WARM = Recipe(symbolic_full_steps=0, symbolic_tokens=0, joint_subset_steps=0, joint_steps=650)
+_RECIPES = {
+    "llava": Recipe(),
+    "qwen2_vl": replace(_WARM, vision_steps=600, symbolic_steps=700, symbolic_rate=1e-3, joint_steps=550),
+    "internvl": replace(_WARM, vision_steps=450, vision_rate=1e-3, symbolic_steps=350, symbolic_rate=8e-4),
+}
+
+
+def recipe_for(model: str, seed: int) -> Recipe:
+    """The recipe by which a shipped checkpoint was made."""
+    return replace(_RECIPES[model], model=model, seed=seed)

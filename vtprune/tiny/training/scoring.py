@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from transformers import LlavaForConditionalGeneration
 
 from vtprune.tiny.training.decoder import answer_logits, drop_visual, pack_inputs, run_decoder, run_layer
 from vtprune.tiny.training.packing import Batch
+from vtprune.tiny.training.vlms import Vlm
 
 
 class Scores:
@@ -55,40 +55,36 @@ Visual = Callable[[Batch], torch.Tensor]
 Keep = Callable[[Batch, torch.Tensor], torch.Tensor]
 
 
-def score(
-    model: LlavaForConditionalGeneration, batches: list[Batch], visual: Visual, keep: Keep | None = None
-) -> Scores:
+def score(vlm: Vlm, batches: list[Batch], visual: Visual, keep: Keep | None = None) -> Scores:
     """Scores packed batches with the visual tokens `visual(batch)`, of which `keep` may choose some."""
     scores, first = Scores(), 0
     with torch.no_grad():
         for batch in batches:
             tokens = visual(batch)
-            packed = pack_inputs(model, batch, tokens, keep(batch, tokens) if keep else None)
-            output, _ = run_decoder(model, packed)
-            logits, words = answer_logits(model, batch, output, packed.prefix)
+            packed = pack_inputs(vlm, batch, tokens, keep(batch, tokens) if keep else None)
+            output, _ = run_decoder(vlm, packed)
+            logits, words = answer_logits(vlm, batch, output, packed.prefix)
             scores.add(batch, (logits.argmax(-1) == words).numpy(), list(range(first, first + len(batch.ids))))
             first += len(batch.ids)
     return scores
 
 
-def score_dropped(
-    model: LlavaForConditionalGeneration, batches: list[Batch], visual: Visual
-) -> dict[int, dict[str, float]]:
+def score_dropped(vlm: Vlm, batches: list[Batch], visual: Visual) -> dict[int, dict[str, float]]:
     """Summary by k = 0..layers, where all visual tokens are dropped after the first k decoder layers."""
-    layers = len(model.model.language_model.layers)
+    layers = len(vlm.decoder.layers)
     scores = {k: Scores() for k in range(layers + 1)}
     first = 0
     with torch.no_grad():
         for batch in batches:
-            packed = pack_inputs(model, batch, visual(batch))
+            packed = pack_inputs(vlm, batch, visual(batch))
             pictures = list(range(first, first + len(batch.ids)))
             nothing = torch.zeros(len(batch.ids), 0, dtype=torch.long)
             for k in range(layers + 1):
                 blind = drop_visual(packed, nothing)
-                output, _ = run_decoder(model, blind, first=k)
-                logits, words = answer_logits(model, batch, output, blind.prefix)
+                output, _ = run_decoder(vlm, blind, first=k)
+                logits, words = answer_logits(vlm, batch, output, blind.prefix)
                 scores[k].add(batch, (logits.argmax(-1) == words).numpy(), pictures)
                 if k < layers:
-                    packed = packed._replace(hidden=run_layer(model, k, packed))
+                    packed = packed._replace(hidden=run_layer(vlm, k, packed))
             first += len(batch.ids)
     return {k: entry.summary() for k, entry in scores.items()}

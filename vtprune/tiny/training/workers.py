@@ -24,7 +24,7 @@ def _work_apart(rank: int, work: Callable[..., None], *arguments: Any) -> None:
 
 def run_workers(work: Callable[..., None], recipe: Recipe, arguments: tuple[Any, ...]) -> None:
     """Runs `work(rank, buffer, barrier, *arguments)` in `recipe.workers` processes and waits for all of them."""
-    parameters = sum(weight.numel() for weight in Trainee().parameters())
+    parameters = sum(weight.numel() for weight in Trainee(recipe.model).parameters())
     buffer = torch.zeros(recipe.workers, parameters).share_memory_()
     barrier = multiprocessing.get_context("spawn").Barrier(recipe.workers)
     spawn(_work_apart, args=(work, buffer, barrier, *arguments), nprocs=recipe.workers)

@@ -22,7 +22,7 @@ needs_embedded = pytest.mark.skipif(not EMBEDDED, reason="the embedded checkpoin
 
 _TOP = ("eval", "demo", "train", "commands", "cli", "__main__", "bench", "tiny", "loading", "presets", "images")
 # what users and the upper layers may import from below
-_PUBLIC = ("", "budget", "contract", "cost", "errors", "layout", "plan", "registry", "report")
+_PUBLIC = ("", "budget", "contract", "cost", "draw", "errors", "layout", "plan", "registry", "report")
 _CORE = (*_PUBLIC[1:], "cells")
 _FILES = sorted(PACKAGE.rglob("*.py"))
 

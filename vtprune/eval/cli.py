@@ -100,17 +100,22 @@ def eval_command(
     _check_models(models)
     for keep in first.keeps:
         console.print(f"keep {keep}", style="dim", highlight=False)
-    failed = 0
+    if not _run_all(first, models, out, console):
+        raise typer.Exit(1)
+
+
+def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console) -> bool:
+    """The sweep on each model. True if no cell failed."""
+    whole = True
     for name in models:
         start = time.perf_counter()
         if len(models) > 1:
             console.rule(name)
         folder = out / folder_name(name) if len(models) > 1 else out
-        result, paths = _run(dataclasses.replace(first, model=name), folder, console)
+        result, paths = _run(dataclasses.replace(sweep, model=name), folder, console)
         _show(result, paths, time.perf_counter() - start, console)
-        failed += len(result.failed)
-    if failed:
-        raise typer.Exit(1)
+        whole = whole and not result.failed
+    return whole
 
 
 def folder_name(model: str) -> str:

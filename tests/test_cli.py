@@ -75,8 +75,14 @@ def test_methods_and_families_list_every_registered_name() -> None:
     assert json.loads(_invoke("methods", "--json").output) == vtprune.methods()
     table = _invoke("methods").output
     assert all(name in table for name in vtprune.methods())
-    assert json.loads(_invoke("families", "--json").output) == vtprune.families()
-    assert "llava" in _invoke("families").output
+    listed = json.loads(_invoke("families", "--json").output)
+    assert {name: entry["verified"] for name, entry in listed.items()} == {
+        name: info.verified for name, info in vtprune.families().items()
+    }
+    assert listed["llava"]["models"]["LlavaForConditionalGeneration"]["identity"] == "pass"
+    table = " ".join(_invoke("families").output.split())
+    assert all(name in table for name in vtprune.families())
+    assert "a dry call on every model when it is wrapped" in table
 
 
 def test_version() -> None:

@@ -293,6 +293,17 @@ def test_a_dry_call_that_breaks_is_refused() -> None:
         vtprune.prune(model, "uniform", 0.5)
 
 
+def test_ready_masks_that_nobody_knows_are_refused() -> None:
+    model = MODEL.model()
+
+    def ready(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": {"full_attention": None}}
+
+    model.model.language_model.register_forward_pre_hook(ready, with_kwargs=True)
+    with pytest.raises(vtprune.UnsupportedModelError, match="VipLlavaModel hands its text model a ready dict of masks"):
+        vtprune.prune(model, "uniform", 0.5)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_dry_call_leaves_the_model_as_it_was(fails: bool) -> None:
     model = MODEL.model()

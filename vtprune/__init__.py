@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vtprune.draw import draw_kept
     from vtprune.errors import BudgetError, InputError, PlanError, UnsupportedModelError, VtpruneError
     from vtprune.hooks import Session, geometry, prune
+    from vtprune.hooks.verified import FamilyInfo
     from vtprune.layout import Layout
     from vtprune.plan import Plan, Site, Stage
     from vtprune.report import Report
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "BudgetError",
+    "FamilyInfo",
     "Geometry",
     "InputError",
     "Layout",
@@ -52,6 +54,7 @@ __all__ = [
 _HOMES = {
     "Budget": "vtprune.budget",
     "BudgetError": "vtprune.errors",
+    "FamilyInfo": "vtprune.hooks.verified",
     "Geometry": "vtprune.budget",
     "InputError": "vtprune.errors",
     "Layout": "vtprune.layout",
@@ -78,11 +81,12 @@ def methods() -> dict[str, str]:
     return {name: cls.summary for name, cls in METHODS.items()}
 
 
-def families() -> dict[str, str]:
-    """Supported architecture families: name to one-line summary."""
-    from vtprune.hooks.families.base import FAMILIES
+def families() -> dict[str, FamilyInfo]:
+    """Supported architecture families: what each serves, and how that was verified."""
+    from vtprune.hooks.verified import family_infos
+    from vtprune.tiny import tiny_model_types
 
-    return {name: cls.summary for name, cls in FAMILIES.items()}
+    return family_infos(tiny_model_types())
 
 
 def __getattr__(name: str) -> Any:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
 
 import typer
 
 __all__ = ["families_command", "methods_command"]
 
 
-def _print_names(title: str, names: Mapping[str, str], as_json: bool) -> None:
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(dict(names), indent=2))
-        return
+def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from vtprune.commands.show import console
 
     table = Table(box=None, pad_edge=False)
-    table.add_column(title, style="bold", no_wrap=True)
-    table.add_column("what it is", overflow="fold")
-    for name, summary in names.items():
-        table.add_row(Text(name), Text(summary))
+    table.add_column(columns[0], style="bold", no_wrap=True)
+    for title in columns[1:]:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     console().print(table)
 
 
@@ -32,11 +30,20 @@ def methods_command(as_json: bool = typer.Option(False, "--json", help="Print JS
     """List the pruning methods."""
     import vtprune
 
-    _print_names("method", vtprune.methods(), as_json)
+    methods = vtprune.methods()
+    if as_json:
+        typer.echo(json.dumps(methods, indent=2))
+    else:
+        _print_rows(("method", "what it is"), methods.items())
 
 
-def families_command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
-    """List the model families that can be wrapped."""
+def families_command(as_json: bool = typer.Option(False, "--json", help="Print JSON, outcomes of every test.")) -> None:
+    """List the model families that can be wrapped, and how each was verified."""
     import vtprune
 
-    _print_names("family", vtprune.families(), as_json)
+    families = vtprune.families()
+    if as_json:
+        typer.echo(json.dumps({name: dataclasses.asdict(info) for name, info in families.items()}, indent=2))
+    else:
+        rows = ((name, info.summary, info.verified) for name, info in families.items())
+        _print_rows(("family", "what it is", "verified by"), rows)

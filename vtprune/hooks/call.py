@@ -74,15 +74,26 @@ def keep_angles(angles: Tensor, index: Tensor) -> Tensor:
     return keep_tokens([angles.expand(index.shape[0], -1, -1)], index)[0]
 
 
-def padding_mask(arguments: dict[str, Any], prompt: Prompt) -> Tensor | None:
+def padding_mask(arguments: dict[str, Any], prompt: Prompt, parts: Parts) -> Tensor | None:
     """[B, L] the host's 2-D mask over logical positions, or None if nothing is padding.
 
     Args:
         arguments: of the text model, which some roots hand ready masks of more axes instead.
         prompt: the call as its root got it.
+        parts: of the model; says whether its family knows what those masks hold.
+
+    Raises:
+        HostContractError: if it does not.
     """
     mask = arguments.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else prompt.attention_mask
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask
+    if mask is not None and not parts.ready_masks:
+        raise HostContractError(
+            f"{type(parts.root).__name__} hands its text model a ready {type(mask).__name__} of masks, and nobody "
+            "knows whether they are causal. Please report it with your transformers version."
+        )
+    return prompt.attention_mask
 
 
 @dataclass
@@ -121,7 +132,7 @@ class Step:
         batch, length = embeds.shape[:2]
         first = self._record.groups[0]
         logical = int(cache.get_seq_length())
-        mask = padding_mask(arguments, self._prompt)
+        mask = padding_mask(arguments, self._prompt, self._parts)
         self._masks.begin(cache, mask, logical, self._record.length)
         self._position = token_positions(arguments.get("position_ids"), logical, embeds)
         changed = dict(arguments)

@@ -71,7 +71,7 @@ class Prefill:
         self._cache, self._old = cache, record_of(cache)
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self._position = token_positions(arguments.get("position_ids"), self.past, hidden)
-        mask = padding_mask(arguments, self.prompt)
+        mask = padding_mask(arguments, self.prompt, self.parts)
         self._mask = None if mask is None else mask.bool()
         self._masks.begin(cache, self._mask, self.past, self.past + self.length)
         self._boundaries = {s.site.index for s in self.stages if s.site.kind == "layer"}

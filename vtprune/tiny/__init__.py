@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
-__all__ = ["load_tiny", "tiny_folder"]
+__all__ = ["load_tiny", "tiny_folder", "tiny_model_types"]
 
 _NAMES = ("llava", "qwen2_vl", "internvl")
 # their processors also know videos, which transformers reads with torchvision
@@ -31,6 +32,16 @@ def tiny_folder(name: str = "llava") -> Path:
     if name not in _NAMES:
         raise UnknownNameError("tiny model", name, _NAMES)
     return Path(__file__).parent / name
+
+
+def tiny_model_types() -> dict[str, str]:
+    """The checkpoints that this installation holds: name to `model_type`."""
+    configs = {name: tiny_folder(name) / "config.json" for name in _NAMES}
+    return {
+        name: json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        for name, path in configs.items()
+        if path.is_file()
+    }
 
 
 def load_tiny(name: str = "llava", *, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:

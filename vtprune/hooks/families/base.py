@@ -48,6 +48,7 @@ class Parts:
         layers: decoder layers; `attention(layer)` is each one's attention module.
         rotary: maps (hidden, position_ids) to (cos, sin).
         windows: sliding window of each decoder layer, see `Geometry`.
+        ready_masks: the root hands the text model masks that follow from `windows` and `Family.blocks`.
         tower: the vision side, where the family opens it.
     """
 
@@ -56,6 +57,7 @@ class Parts:
     layers: tuple[nn.Module, ...]
     rotary: nn.Module
     windows: tuple[int | None, ...] = ()
+    ready_masks: bool = False
     tower: Tower | None = None
 
 

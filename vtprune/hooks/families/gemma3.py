@@ -10,7 +10,7 @@ from typing import Any
 from vtprune.budget import Geometry
 from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
 from vtprune.hooks.windows import Blocks
 from vtprune.layout import ImageGrid
 
@@ -40,6 +40,10 @@ class Gemma3(Family):
         shape = decoder_geometry(cls.name, text, config.mm_tokens_per_image)
         # rotary tables differ by layer type, so positions cannot be renumbered even where no layer slides
         return dataclasses.replace(shape, windows=shape.windows or (None,) * shape.layers)
+
+    def find_parts(self, root: Any) -> Parts:
+        """See `Family.find_parts`."""
+        return dataclasses.replace(super().find_parts(root), ready_masks=True)
 
     def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
         """See `Family.grids`."""

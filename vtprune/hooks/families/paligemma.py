@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from vtprune.budget import Geometry
 from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
 from vtprune.hooks.windows import Blocks
 from vtprune.layout import ImageGrid
 
@@ -44,6 +45,10 @@ class PaliGemma(Family):
                 f"paligemma with a {text.model_type!r} decoder is not supported; supported: {', '.join(_DECODERS)}."
             )
         return decoder_geometry(cls.name, text, _side(config) ** 2)
+
+    def find_parts(self, root: Any) -> Parts:
+        """See `Family.find_parts`."""
+        return dataclasses.replace(super().find_parts(root), ready_masks=True)
 
     def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
         """See `Family.grids`."""

@@ -69,7 +69,7 @@ def _against_tokens(vlm: type[Vlm], results: dict[str, Any], column: str) -> str
         cells = [f"{packed[name][k][column][1]}-{packed[name][k][column][2]}" for k in kept]
         return [f"{name}, 95 % interval", "", *cells]
 
-    full, full_rows = (f"{part['all tokens']['256'][column][0]:.1f}" for part in (packed, rows))
+    full, full_rows = (f"{part['all tokens'][every][column][0]:.1f}" for part in (packed, rows))
     table = [[f"random, {RANDOM_SEEDS} seeds", full, *(_spread(packed, keep, column) for keep in kept)]]
     for name in ("random 0", "grid", vlm.query_name, "max-min"):
         if name != "random 0":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tower_oracle import gone, tower_masked, tower_of
 
 import vtprune
+from vtprune.contract import TokenView
 
 NAMES = [name for name in sorted(CASES) if vtprune.geometry(CASES[name].config()).vision is not None]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
@@ -26,8 +28,30 @@ def cuts(*wanted: tuple[int, float]) -> vtprune.Plan:
     return vtprune.Plan(tuple(vtprune.Stage(vtprune.Site("vision", k), vtprune.Random(), n) for k, n in wanted))
 
 
-METHODS = [("flowcut", 0.4), (["flowcut", "fastv"], [0.6, 0.4]), (cuts((0, 0.7), (2, 0.3)), None)]
-IDS = ["flowcut", "flowcut+fastv", "two cuts"]
+@dataclass(frozen=True)
+class Uneven(vtprune.Random):
+    """Cuts another number of tokens from every picture, crop or frame, and none from every third."""
+
+    name: ClassVar[str] = "uneven"
+
+    def count(self, view: TokenView) -> Tensor:
+        number, alive = torch.arange(len(view.keep)), view.valid.sum(1)
+        return torch.where(number % 3 == 0, alive, (view.keep + number).minimum(alive))
+
+
+UNEVEN = vtprune.Plan(
+    (
+        vtprune.Stage(vtprune.Site("vision", 0), Uneven(), 0.3, adaptive=True),
+        vtprune.Stage(vtprune.Site("vision", 2), vtprune.Random(), 0.3),
+    )
+)
+METHODS = [
+    ("flowcut", 0.4),
+    (["flowcut", "fastv"], [0.6, 0.4]),
+    (cuts((0, 0.7), (2, 0.3)), None),
+    (UNEVEN, None),
+]
+IDS = ["flowcut", "flowcut+fastv", "two cuts", "uneven"]
 
 
 def _cpu_sdpa(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -362,3 +386,17 @@ def test_half_precision_keeps_the_same_number(case: Case, dtype: torch.dtype) ->
     assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
     for total, kept, row in zip(report.visual_tokens, report.kept[-1].indices, ragged(case), strict=True):
         assert abs(len(kept) - 0.4 * total) <= 0.5 * pictures(row)
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "idefics3"])
+@torch.no_grad()
+def test_a_spatial_rule_keeps_in_the_tower_what_it_keeps_behind_it(name: str) -> None:
+    """Uniform reads rows and columns alone: also windows and merged patches must not move a token."""
+    case = CASES[name]
+    model, inputs = case.model(), case.batch(*one_picture_each(case))
+    kept = []
+    for site in (vtprune.Site("vision", 1), vtprune.Site("input")):
+        with vtprune.prune(model, vtprune.Plan((vtprune.Stage(site, vtprune.Uniform(), 0.4),))) as session:
+            model(**inputs)
+            kept.append(session.report.kept[0].indices)
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from family_models import CASES, Row
-from test_family_towers import blocks_of, ragged
 from torch import Tensor
+from tower_cases import blocks_of, ragged
 from tower_oracle import encoded, gone, tower_masked, tower_of, turned
 
 import vtprune

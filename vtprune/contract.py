@@ -22,10 +22,13 @@ from vtprune.registry import Registry
 __all__ = ["METHODS", "AttentionView", "Memory", "Queries", "Scorer", "TokenView", "compose", "top_k_mask"]
 
 Memory = dict[str, Tensor]
-"""Per-token running signals of one call, each [B, V]; the engine gathers them whenever tokens are dropped."""
+"""Per-token running signals of one call, each [B, V]; the engine gathers them whenever tokens are dropped. In a tower
+that merges c patches into a token `observe` sees and returns [B, V * c], the patches of each token side by side, and a
+cut sees their mean."""
 
 Queries = Literal["last", "cls", "mean"]
-"""Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean of real tokens."""
+"""Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean of real tokens (in a
+tower those of one image, crop or frame, also in blocks that attend in windows)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class TokenView:
 
     Attributes:
         site: where the cut is made.
-        hidden: [B, V, D] states of the alive visual tokens.
+        hidden: [B, V, D] states of the alive visual tokens; in a tower the mean of a token's patches.
         valid: [B, V] False at padding of the V axis.
         original: [B, V] index of the token among the sample's original visual tokens, increasing.
         grid, row, col: [B, V] grid of the sample (an image, or a crop or frame of one), and the cell on it.

@@ -199,20 +199,18 @@ class Session:
     def _after_root(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         calls = self._calls
         call, calls.decoder = calls.decoder, None
+        vision = (0, 0) if self._tower is None else self._tower.flops()
         if calls.whole is not None and output is not None:
-            self._report = report_full(self.geometry, calls.whole, self._tower_flops(), self._itemsize())
+            self._report = report_full(self.geometry, calls.whole, vision, self._itemsize())
         if not isinstance(call, Prefill) or output is None:
             return
         cache = getattr(output, "past_key_values", None)
         if cache is not None and (call.pruned or record_of(cache) is not None):
             write_record(cache, call.record())
-        self._report = report_pruned(self.geometry, call, self._tower_flops(), self._itemsize())
+        self._report = report_pruned(self.geometry, call, vision, self._itemsize())
 
     def _itemsize(self) -> int:
         return next(self._parts.text_model.parameters()).element_size()
-
-    def _tower_flops(self) -> tuple[int, int]:
-        return (0, 0) if self._tower is None else self._tower.flops()
 
     # text model and decoder layers
 

@@ -66,10 +66,13 @@ class TowerHooks:
         return sum(part for part, _ in mine.values()), sum(full for _, full in mine.values())
 
     def left(self, prompt: Prompt) -> list[int] | None:
-        """Visual tokens of each sample that leave the tower (the target, if the last stage is adaptive)."""
+        """Visual tokens of each sample that come out of the tower (the target, if its last stage is adaptive).
+
+        Raises:
+            InputError, BudgetError: if the tower cannot keep what the budget says.
+        """
         if not self._cuts:
             return None
-
         sizes = [[sum(grid.tokens for grid in grids) for grids in images] for images in prompt.images]
         stages = {size: self._stages(size) for sample in sizes for size in sample}
         check_counts(prompt, [stage for mine in stages.values() for stage in mine])

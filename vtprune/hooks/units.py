@@ -89,7 +89,7 @@ class Medium:
         return sum(unit.cells for unit in self.units) + self.others
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def raster(rows: int, cols: int, merge: int = 1, part: tuple[int, int, int, int] | None = None) -> Unit:
     """A unit whose patches, cells and projector rows come row by row.
 

@@ -23,7 +23,7 @@ __all__ = ["Qwen2VL"]
 _EXAMPLE = 16 * 16
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def _windowed(rows: int, cols: int, merge: int, window: int, patch: int) -> Unit:
     """A frame of rows x cols tokens in the order of its windows, read off the function that the host itself uses."""
     order, ends = get_vision_window_index(torch.tensor([[1, rows * merge, cols * merge]]), merge, window, patch)

@@ -20,7 +20,20 @@ PACKAGE = ROOT / "vtprune"
 EMBEDDED = (tiny_folder("llava") / "config.json").is_file()
 needs_embedded = pytest.mark.skipif(not EMBEDDED, reason="the embedded checkpoint is not in this tree")
 
-_TOP = ("eval", "demo", "train", "commands", "cli", "__main__", "bench", "tiny", "loading", "presets", "images")
+_TOP = (
+    "eval",
+    "demo",
+    "train",
+    "commands",
+    "cli",
+    "__main__",
+    "bench",
+    "tiny",
+    "loading",
+    "presets",
+    "images",
+    "videos",
+)
 # what users and the upper layers may import from below
 _PUBLIC = ("", "budget", "contract", "cost", "draw", "errors", "layout", "plan", "registry", "report")
 _CORE = (*_PUBLIC[1:], "cells")

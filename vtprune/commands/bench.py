@@ -67,14 +67,14 @@ def bench_command(
 
 
 def _inputs(model: Any, processor: Any, config: BenchConfig) -> dict[str, Any]:
-    from vtprune.commands.prompt import prompt_inputs
+    from vtprune.commands.prompt import Question, prompt_inputs
     from vtprune.images import load_example
     from vtprune.presets import random_inputs
 
     if processor is None:
         return random_inputs(model, config.batch_size, config.text_tokens, seed=config.seed)
     image, question = load_example()
-    return prompt_inputs(model, processor, [image] * config.batch_size, [question] * config.batch_size)
+    return prompt_inputs(model, processor, [Question(question, (image,))] * config.batch_size)
 
 
 def _measure_and_print(

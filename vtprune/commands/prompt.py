@@ -1,35 +1,140 @@
-"""Images and questions -> the inputs of a model."""
+"""Images, videos and questions -> the inputs of a model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vtprune.errors import InputError, VtpruneError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["prompt_inputs"]
+    from vtprune.videos import Video
+
+__all__ = ["Question", "prompt_inputs", "read_video"]
+
+# families whose processors take what qwen-vl-utils makes
+_QWEN = ("qwen2_vl", "qwen3_vl")
 
 
-def prompt_inputs(model: Any, processor: Any, images: list[Image], questions: list[str]) -> dict[str, Any]:
-    """A left-padded batch, one image and one question a sample, on the model's device.
+@dataclass(frozen=True)
+class Question:
+    """One prompt: a question behind its images and videos."""
+
+    text: str
+    images: tuple[Image, ...] = ()
+    videos: tuple[Video, ...] = ()
+
+
+def prompt_inputs(model: Any, processor: Any, questions: Sequence[Question]) -> dict[str, Any]:
+    """A left-padded batch of one question a sample, on the model's device.
 
     Args:
         model: the model the inputs are for.
         processor: its processor.
-        images: RGB images.
-        questions: one an image.
+        questions: one a sample.
+
+    Raises:
+        InputError: if there are videos and the model reads none.
+        VtpruneError: if a Qwen model is asked and qwen-vl-utils is not installed.
     """
+    if any(q.videos for q in questions) and getattr(processor, "video_processor", None) is None:
+        raise InputError(f"{type(model).__name__} reads no videos. Pass images, or a model such as Qwen2-VL.")
+    chats = [[{"role": "user", "content": _content(question)}] for question in questions]
     if getattr(processor, "chat_template", None):
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-                add_generation_prompt=True,
-            )
-            for question in questions
-        ]
+        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     else:
-        token = getattr(processor, "image_token", "<image>")
-        texts = [f"{token}\n{question}" for question in questions]
-    batch = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
+        texts = [_plain_text(processor, question) for question in questions]
+    media = _qwen_media(processor, chats) if _is_qwen(model) else _media(questions)
+    batch = processor(text=texts, return_tensors="pt", padding=True, padding_side="left", **media)
     moved = batch.to(model.device)
     return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
+
+
+def read_video(model: Any, path: Path) -> Video:
+    """The frames of a video file that the model shall see: two a second for Qwen models, 8 for others.
+
+    Raises:
+        InputError: if the file cannot be read, or is too short.
+        VtpruneError: if a package is missing.
+    """
+    from vtprune.videos import open_video
+
+    if not _is_qwen(model):
+        return open_video(path)
+    smart_nframes = _qwen_utils().vision_process.smart_nframes
+
+    def count(total: int, fps: float) -> int:
+        if total < 2:
+            raise InputError(f"{str(path)!r} has {total} frame; {type(model).__name__} needs at least 2.")
+        return smart_nframes({}, total, fps)
+
+    return open_video(path, count)
+
+
+def _is_qwen(model: Any) -> bool:
+    import vtprune
+
+    return vtprune.geometry(model).family in _QWEN
+
+
+def _qwen_utils() -> Any:
+    try:
+        import qwen_vl_utils
+    except ImportError as error:
+        raise VtpruneError(
+            f"prompts of Qwen models are made by qwen-vl-utils ({error}). Run: pip install 'vtprune[qwen]'"
+        ) from error
+    return qwen_vl_utils
+
+
+def _content(question: Question) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in question.images]
+    parts += [{"type": "video", "video": list(v.frames), "sample_fps": v.fps} for v in question.videos]
+    return [*parts, {"type": "text", "text": question.text}]
+
+
+def _plain_text(processor: Any, question: Question) -> str:
+    image, video = (getattr(processor, f"{kind}_token", f"<{kind}>") for kind in ("image", "video"))
+    marks = [image] * len(question.images) + [video] * len(question.videos)
+    return "\n".join([*marks, question.text])
+
+
+def _qwen_media(processor: Any, chats: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Images and videos as qwen-vl-utils resizes them, within the limits of the processor's own images."""
+    prepare = processor.image_processor
+    for chat in chats:
+        for part in chat[0]["content"]:
+            if part["type"] == "image":
+                part |= {"min_pixels": prepare.size["shortest_edge"], "max_pixels": prepare.size["longest_edge"]}
+    images, videos, options = _qwen_utils().process_vision_info(
+        chats, image_patch_size=prepare.patch_size, return_video_kwargs=True, return_video_metadata=True
+    )
+    # sizes are right already, and a second resizing would follow other rules
+    media: dict[str, Any] = {"do_resize": False}
+    if images:
+        media["images"] = images
+    if videos:
+        films, metadata = zip(*videos, strict=True)
+        media |= {"videos": list(films), "video_metadata": list(metadata), **options}
+    return media
+
+
+def _media(questions: Sequence[Question]) -> dict[str, Any]:
+    """Images and videos as the processor itself takes them."""
+    import numpy as np
+
+    images = [image for question in questions for image in question.images]
+    videos = [video for question in questions for video in question.videos]
+    media: dict[str, Any] = {"images": images} if images else {}
+    if videos:
+        media["videos"] = [np.stack([np.asarray(frame) for frame in video.frames]) for video in videos]
+        media["do_sample_frames"] = False
+        media["video_metadata"] = [
+            {"total_num_frames": len(v.frames), "fps": v.fps, "frames_indices": list(range(len(v.frames)))}
+            for v in videos
+        ]
+    return media

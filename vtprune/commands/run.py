@@ -1,4 +1,4 @@
-"""`vtprune run`: one image, one question, the unpruned answer beside the pruned one."""
+"""`vtprune run`: one question about images and videos, the unpruned answer beside the pruned one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vtprune.errors import InputError
 from vtprune.loading import SPEC_HELP
 
 if TYPE_CHECKING:
+    from vtprune.commands.prompt import Question
     from vtprune.plan import Plan
     from vtprune.report import Report
 
@@ -21,10 +22,11 @@ _ROUNDS = 5  # timed prefills of each side
 
 
 def run_command(
-    image: Path | None = typer.Option(
-        None, "--image", help="Image file; an example that ships with vtprune if left out."
+    image: list[Path] | None = typer.Option(
+        None, "--image", help="Image file; may be repeated. An example that ships with vtprune if there is none."
     ),
-    question: str | None = typer.Option(None, "--question", help="Question about the image."),
+    video: list[Path] | None = typer.Option(None, "--video", help="Video file; may be repeated."),
+    question: str | None = typer.Option(None, "--question", help="Question about them."),
     method: str | None = typer.Option(None, "--method", help=METHOD_HELP + " Default: fastv."),
     keep: str | None = typer.Option(None, "--keep", help=KEEP_HELP + " Default: 25%."),
     basis: str = typer.Option("average", "--basis", help="average over the decoder layers, or final."),
@@ -37,26 +39,41 @@ def run_command(
     """Answer one question with all visual tokens and with a part of them, and compare."""
     from vtprune.commands.prompt import prompt_inputs
     from vtprune.commands.show import console
-    from vtprune.images import load_example, open_image
     from vtprune.loading import load_model
 
     what, keeps = _what(method, keep, plan)
-    if image is not None and question is None:
-        raise InputError(f"--image {str(image)!r} needs a --question about it.")
-    picture, asked = load_example() if image is None else (open_image(image), "")
+    images, videos = image or [], video or []
+    given = [("image", path) for path in images] + [("video", path) for path in videos]
+    for kind, path in given:
+        if question is None:
+            raise InputError(f"--{kind} {str(path)!r} needs a --question about it.")
+        if not path.is_file():
+            raise InputError(f"there is no {kind} file {str(path)!r}.")
     loaded, processor = load_model(model, device=device, dtype=dtype)
     if processor is None:
         raise InputError(f"{model!r} has random weights and cannot answer. Use `vtprune bench` for it.")
-    asked = question or asked
-    inputs = prompt_inputs(loaded, processor, [picture], [asked])
+    asked = _question(loaded, images, videos, question)
+    inputs = prompt_inputs(loaded, processor, [asked])
 
     full, pruned, report, seconds = _answers(loaded, inputs, what, keeps, basis, max_new_tokens)
     tokenizer = getattr(processor, "tokenizer", processor)
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (full, pruned)]
     screen = console()
-    screen.print(f"image     {image if image is not None else 'an example that ships with vtprune'}", markup=False)
-    screen.print(f"question  {asked}", markup=False)
+    for kind, path in given or [("image", "an example that ships with vtprune")]:
+        screen.print(f"{kind:9} {path}", markup=False)
+    screen.print(f"question  {asked.text}", markup=False)
     _show(screen, texts, _agreement(full, pruned), report, seconds, _label(what, keeps))
+
+
+def _question(model: Any, images: list[Path], videos: list[Path], text: str | None) -> Question:
+    from vtprune.commands.prompt import Question, read_video
+    from vtprune.images import load_example, open_image
+
+    if images or videos:
+        films = tuple(read_video(model, path) for path in videos)
+        return Question(text or "", tuple(open_image(path) for path in images), films)
+    picture, example = load_example()
+    return Question(text or example, (picture,))
 
 
 def _what(method: str | None, keep: str | None, plan: Path | None) -> tuple[Plan | list[str], list[int | float] | None]:

@@ -11,6 +11,7 @@ from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.families.base import family_of
 from vtprune.hooks.planner import Methods, Planner
 from vtprune.hooks.proof import prove
+from vtprune.hooks.quantised import check_quantised
 from vtprune.hooks.session import Session
 from vtprune.hooks.validate import check_plan
 
@@ -53,7 +54,8 @@ def prune(
         the session: handle and context manager.
 
     Raises:
-        UnsupportedModelError: if no family serves the model, or its dry call failed.
+        UnsupportedModelError: if no family serves the model, its dry call failed, or its linears are quantised in a
+            way that ties tokens together.
         UnknownNameError: if a method name is not registered.
         BudgetError: if the budget is malformed or out of the method's reach.
         PlanError: if the stages cannot run in this order on this model.
@@ -69,6 +71,8 @@ def prune(
     shape = family.own_geometry()
     planner = Planner(shape, method, keep, basis, flops)
     check_plan(planner.nominal, shape)
-    if family.proves_itself and not planner.inactive:
-        prove(model, family, shape, planner.nominal)
+    if not planner.inactive:
+        check_quantised(family.parts().root)
+        if family.proves_itself:
+            prove(model, family, shape, planner.nominal)
     return Session(model, planner, family, record_scores=record_scores)

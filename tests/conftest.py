@@ -13,6 +13,15 @@ import torch
 torch.set_num_threads(1)
 
 _outcomes: family_table.Outcomes = {}
+# on a second attention backend these would take as long again; `-m slow` runs them there
+_ONE_BACKEND = ("test_embedded", "test_families", "test_family_towers", "test_tower_budgets", "test_windows")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in _ONE_BACKEND and "eager" in item.name:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -46,9 +46,8 @@ def family_infos(trained: Mapping[str, str], table: Mapping[str, Cases] | None =
         trained: embedded trained models, name -> model_type; tests/test_embedded.py runs the invariants on them.
         table: results of the contract tests, unless given the stored ones.
     """
-    if table is None:
-        table = json.loads(_TABLE.read_text(encoding="utf-8"))
-    return {name: _info(name, family, trained, table) for name, family in FAMILIES.items()}
+    known: Mapping[str, Cases] = json.loads(_TABLE.read_text(encoding="utf-8")) if table is None else table
+    return {name: _info(name, family, trained, known) for name, family in FAMILIES.items()}
 
 
 def _info(name: str, family: type[Family], trained: Mapping[str, str], table: Mapping[str, Cases]) -> FamilyInfo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vtprune.errors import UnknownNameError, VtpruneError
 
@@ -78,7 +78,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     from vtprune.tiny.storage import FILE, read_weights
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, config.architectures[0])
     if not (folder / FILE).is_file():
         return model_class.from_pretrained(folder, dtype=dtype).eval()

@@ -54,7 +54,7 @@ def _check_text(config: Any, text: Any) -> None:
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise _refuse(config, "its text model is an encoder and a decoder.")
     kinds = getattr(text, "layer_types", None)
-    odd = sorted(set(kinds or ()) - {"full_attention"})
+    odd: list[str] = sorted(set(kinds or ()) - {"full_attention"})
     if getattr(text, "attention_chunk_size", None) is not None:
         odd.append("attention_chunk_size")
     if kinds is None and getattr(text, "sliding_window", None) is not None:

@@ -98,12 +98,12 @@ def _label_tokens(
     area = np.bincount(flat.ravel(), minlength=tokens * width).reshape(tokens, width)[:, 1:]
     owner = np.where(area.max(1) >= _COVERED * cell**2, area.argmax(1), -1)
     patch = np.array([[int(axis * side * grid.merge // IMAGE_SIZE) for axis in center] for center in centers], np.int64)
-    middle, inner = np.divmod(patch, grid.merge)
-    middle, inner = middle @ (side, 1), 1 + inner @ (grid.merge, 1)
     place = np.zeros((1, tokens), np.int64)
     # the first object is written last
-    owner[middle[::-1]] = np.arange(len(centers))[::-1]
-    place[0, middle[::-1]] = inner[::-1]
+    for number, (down, across) in reversed(list(enumerate(patch.tolist()))):
+        token = down // grid.merge * side + across // grid.merge
+        owner[token] = number
+        place[0, token] = 1 + down % grid.merge * grid.merge + across % grid.merge
     labels = np.where(owner[None] >= 0, np.array(table)[owner].T, np.array([[0], [0], [NO_REGION]]))
     return np.concatenate([labels, owner[None], place])
 

@@ -27,7 +27,7 @@ class SymbolTokens(nn.Module):
         sizes = (KIND_CLASSES, COLOR_CLASSES, NO_REGION + 1, grid.center_classes)
         self.parts = nn.ModuleList(nn.Embedding(size, WIDTH) for size in sizes)
         for part in self.parts:
-            nn.init.normal_(part.weight, 0, SYMBOL_SPREAD)
+            nn.init.normal_(part.weight, 0, SYMBOL_SPREAD)  # type: ignore[arg-type]
         self.places = places
         if places:
             self._init_positions()
@@ -50,7 +50,7 @@ class SymbolTokens(nn.Module):
         index = torch.from_numpy(labels).clamp(min=0)
         columns = (0, 1, 2, 4)
         chosen = [column for column in columns if self.places or column != 2]
-        tokens = sum(self.parts[columns.index(column)](index[:, column]) for column in chosen)
+        tokens: torch.Tensor = sum(self.parts[columns.index(column)](index[:, column]) for column in chosen)  # type: ignore[assignment]
         if not self.places:
             return tokens
         return tokens + self.row.repeat_interleave(self.side, 0) + self.column.repeat(self.side, 1)

@@ -305,7 +305,7 @@ def test_exception_inside_a_forward_leaves_no_state() -> None:
             with pytest.raises(RuntimeError, match="boom"):
                 model(**inputs)
             boom.remove()
-            assert (session._calls.decoder, session._calls.tower) == (None, None)
+            assert (session._calls.decoder, session._tower._runs.call) == (None, None)
             assert torch.equal(model(**inputs).logits, want)
     assert torch.equal(model(**inputs).logits, base)
 

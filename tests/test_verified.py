@@ -47,7 +47,7 @@ def test_every_family_was_verified() -> None:
     assert infos["llava"].verified.startswith("contract tests on tiny random LlavaForConditionalGeneration with")
     assert infos["generic"].verified.startswith("a dry call on every model when it is wrapped; contract tests on")
     for tiny, kind in tiny_model_types().items():
-        (served,) = (name for name, info in infos.items() if f"invariants of the trained tiny:{tiny}" in info.verified)
+        (served,) = (name for name, info in infos.items() if f"the trained tiny:{tiny} against" in info.verified)
         assert kind in infos[served].model_types
 
 

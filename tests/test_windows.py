@@ -34,7 +34,7 @@ def windowed(name: str, attention: str, text: Any) -> Any:
     config = copy.deepcopy(case.config())
     config.text_config = text if text is not None else config.text_config
     model = getattr(transformers, case.model_class)._from_config(config, attn_implementation=attention)
-    model.load_state_dict(_weights(name))
+    model.load_state_dict(_weights(CASES[name]))
     model.generation_config.update(pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
     return model.eval()
 

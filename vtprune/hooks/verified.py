@@ -28,8 +28,9 @@ class FamilyInfo:
         summary: one line.
         model_types: `config.model_type` of the models it serves, () where it serves what no other does.
         verified: one sentence: which proofs, on what, with which transformers.
-        models: for each tested model class, what came of each contract test on the newest release tested: "pass", why
-            it does not apply, or the message with which `prune()` refuses.
+        models: for each tested model (its class, and the case where a class has several), what came of each contract
+            test on the newest release tested: "pass", why it does not apply, or the message with which `prune()`
+            refuses.
     """
 
     name: str
@@ -58,7 +59,7 @@ def _info(name: str, family: type[Family], trained: Mapping[str, str], table: Ma
     if family.proves_itself:
         proofs.append("a dry call on every model when it is wrapped")
     if releases:
-        models = ", ".join(case["model"] for case in newest.values())
+        models = ", ".join(dict.fromkeys(case["model"] for case in newest.values()))
         proofs.append(f"contract tests on tiny random {models} with transformers {', '.join(releases)}")
         proofs[-1] += f": {', '.join(_passed(newest))}"
     proofs += [
@@ -71,8 +72,17 @@ def _info(name: str, family: type[Family], trained: Mapping[str, str], table: Ma
         summary=family.summary,
         model_types=family.model_types,
         verified="; ".join(proofs) if proofs else "not verified",
-        models={c["model"]: {k: "; ".join(v) for k, v in c["checks"].items()} for c in newest.values()},
+        models={
+            _label(name, newest): {check: "; ".join(said) for check, said in case["checks"].items()}
+            for name, case in newest.items()
+        },
     )
+
+
+def _label(name: str, cases: Cases) -> str:
+    """The class of a case, and its name where the class has several."""
+    model = cases[name]["model"]
+    return model if [case["model"] for case in cases.values()].count(model) == 1 else f"{model} ({name})"
 
 
 def _number(entry: tuple[str, Any]) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_models import CASES, CLIP, HOST_ENCODES_FIRST, LAYERS, Row
+from family_models import CASES, CLIP, HOST_ENCODES_FIRST, HOST_KEEPS_BEAM_ORDER, LAYERS, Row
 from oracle import hidden_keys, masked
 
 import vtprune
@@ -28,6 +28,8 @@ def films() -> dict[str, Any]:
 @pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
 def test_videos_and_images_of_one_call_equal_masked_oracle(beams: int) -> None:
+    if beams > 1 and not HOST_KEEPS_BEAM_ORDER:
+        pytest.skip("this transformers gives the beams of a prompt with two videos other videos")
     model, inputs = CASE.model(), films()
     how = {"num_beams": beams, "max_new_tokens": 8, "do_sample": False}
     with vtprune.prune(model, "fastv", 0.5) as session:

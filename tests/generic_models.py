@@ -8,6 +8,13 @@ import torch
 import transformers
 from family_models import CLIP, IMAGE, PAD, TEXT, VIDEO, Case, case, noise
 
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+}
 GENERIC = ("aria", "emu3", "idefics2", "perception_lm")  # through every contract test
 
 
@@ -44,11 +51,7 @@ class Ovis2(_Fixed):
     def config(self) -> Any:
         return transformers.Ovis2Config(
             vision_config={
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "image_size": 32,
+                **TOWER,
                 "patch_size": 4,
                 "hidden_stride": 2,
                 "vocab_size": 40,
@@ -71,11 +74,7 @@ class Aria(_Fixed):
         return transformers.AriaConfig(
             vision_config={
                 "model_type": "idefics3_vision",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "image_size": 32,
+                **TOWER,
                 "patch_size": 8,
             },
             text_config=transformers.AriaTextConfig(**{**TEXT, "intermediate_size": 32}).to_dict(),
@@ -153,11 +152,7 @@ class Idefics2(_Fixed):
     def config(self) -> Any:
         return transformers.Idefics2Config(
             vision_config={
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "image_size": 32,
+                **TOWER,
                 "patch_size": 8,
             },
             perceiver_config={

@@ -18,7 +18,7 @@ pytest.importorskip("sklearn")
 
 from vtprune.tiny.training import pruning
 from vtprune.tiny.training.decoder import answer_logits, drop_visual, pack_inputs, run_decoder
-from vtprune.tiny.training.evaluation import keeps, see
+from vtprune.tiny.training.evaluation import keeps
 from vtprune.tiny.training.losses import place_loss
 from vtprune.tiny.training.network import Trainee
 from vtprune.tiny.training.packing import NO_REGION, scene_batch, token_labels
@@ -49,7 +49,7 @@ def test_packed_questions_get_the_logits_of_the_shipped_model(name: str) -> None
     """Many questions in one row, towers in one batch, images resized by us: the front door gives the same."""
     vlm, _ = shipped(name)
     batch = scene_batch(vlm.grid, "dev", 0, 0, 3)
-    packed = pack_inputs(vlm, batch, see(vlm, batch))
+    packed = pack_inputs(vlm, batch, vlm.see(batch.images))
     logits, _ = answer_logits(vlm, batch, run_decoder(vlm, packed)[0], packed.prefix)
     for scene in range(3):
         rows = (batch.targets[:, 0] == scene) & (batch.targets[:, 3] == 1)
@@ -71,7 +71,7 @@ def test_the_tower_is_that_of_the_real_class(name: str) -> None:
     inputs = processor.image_processor(resized, return_tensors="pt")
     known = ("pixel_values", "image_grid_thw")
     theirs = vlm.hf.model.get_image_features(**{k: v for k, v in inputs.items() if k in known}).pooler_output
-    torch.testing.assert_close(see(vlm, batch), torch.stack(list(theirs)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vlm.see(batch.images), torch.stack(list(theirs)), atol=1e-4, rtol=1e-4)
     attention = vlm.tower_attention(batch.images)
     assert attention.shape == (2, vlm.grid.tokens)
     # what is missing to 1 is what CLS pays to itself
@@ -87,7 +87,7 @@ def test_dropped_tokens_keep_their_positions(name: str) -> None:
     """Dropping before the decoder equals dropping from the packed row; rotary places are those on the picture."""
     vlm, _ = shipped(name)
     batch = scene_batch(vlm.grid, "dev", 0, 5, 2)
-    visual = see(vlm, batch)
+    visual = vlm.see(batch.images)
     keep = pruning.random_rule(vlm.grid, 2, 20, torch.Generator().manual_seed(0))
     early, late = pack_inputs(vlm, batch, visual, keep), drop_visual(pack_inputs(vlm, batch, visual), keep)
     for one, two in zip(early, late, strict=True):

@@ -10,13 +10,13 @@ from typing import Any
 from vtprune.budget import Geometry
 from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
+from vtprune.hooks.families.base import FAMILIES, Parts
+from vtprune.hooks.families.square import SquareFamily
 from vtprune.hooks.windows import Blocks
-from vtprune.layout import ImageGrid
 
 
 @FAMILIES.register("gemma3")
-class Gemma3(Family):
+class Gemma3(SquareFamily):
     """`Gemma3ForConditionalGeneration`: one square grid an image, pooled from the tower's patches.
 
     With pan and scan the processor adds crops of an image; to the model each of them is an image. The tokens of an
@@ -26,7 +26,6 @@ class Gemma3(Family):
     name = "gemma3"
     model_types = ("gemma3",)
     summary = "Gemma3ForConditionalGeneration (sliding and full layers, two-way image attention; a crop is an image)"
-    images_differ = False
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
@@ -45,14 +44,9 @@ class Gemma3(Family):
         """See `Family.find_parts`."""
         return dataclasses.replace(super().find_parts(root), ready_masks=True)
 
-    def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
-        """See `Family.grids`."""
-        return self.grids_of_features(arguments[modality.pixels])
-
-    def grids_of_features(self, features: Any) -> list[Grids]:
-        """See `Family.grids_of_features`."""
-        side = math.isqrt(self.config.mm_tokens_per_image)
-        return [(ImageGrid(side, side),)] * len(features)
+    def side(self) -> int:
+        """See `SquareFamily.side`."""
+        return math.isqrt(self.config.mm_tokens_per_image)
 
     def blocks(self, arguments: Mapping[str, Any]) -> Blocks | None:
         """See `Family.blocks`."""

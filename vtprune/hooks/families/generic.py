@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -164,6 +165,11 @@ class Generic(Family):
 
     def modalities(self) -> tuple[Modality, ...]:
         """See `Family.modalities`."""
+        return self._modalities
+
+    @functools.cached_property
+    def _modalities(self) -> tuple[Modality, ...]:
+        # every call of the model asks, and reading a signature takes its time
         found = [Modality("image", _image_token(self.config), "pixel_values")]  # type: ignore[arg-type]
         accepts = inspect.signature(type(self._parts.root).forward).parameters
         video = getattr(self.config, "video_token_id", None)

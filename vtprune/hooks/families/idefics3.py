@@ -8,13 +8,14 @@ from typing import Any
 from vtprune.budget import Geometry, VisionGeometry
 from vtprune.hooks.decoder_geometry import decoder_geometry
 from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
+from vtprune.hooks.families.square import patches_a_side
 from vtprune.hooks.units import Medium, Tower, Unit, raster
 from vtprune.layout import ImageGrid
 
 
 def _side(config: Any) -> int:
     """Tokens along one side of a crop."""
-    return config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
+    return patches_a_side(config) // config.scale_factor
 
 
 def _vision(config: Any) -> VisionGeometry:

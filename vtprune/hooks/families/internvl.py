@@ -9,8 +9,9 @@ from typing import Any
 from vtprune.budget import Geometry, VisionGeometry
 from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
+from vtprune.hooks.families.base import FAMILIES, Grids, Modality, Parts
 from vtprune.hooks.families.llava import check_feature_layer, feature_block
+from vtprune.hooks.families.square import SquareFamily
 from vtprune.hooks.units import Tower, Unit, raster
 from vtprune.layout import ImageGrid
 
@@ -47,7 +48,7 @@ def _vision(config: Any) -> VisionGeometry:
 
 
 @FAMILIES.register("internvl")
-class InternVL(Family):
+class InternVL(SquareFamily):
     """`InternVLForConditionalGeneration`: one square grid a tile.
 
     The processor cuts large images into tiles and samples videos into frames before the model sees them; to the model
@@ -57,7 +58,6 @@ class InternVL(Family):
     name = "internvl"
     model_types = ("internvl",)
     summary = "InternVLForConditionalGeneration (InternVL 2.5 / 3 / 3.5, pixel shuffle; a tile or frame is an image)"
-    images_differ = False
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
@@ -74,6 +74,10 @@ class InternVL(Family):
         tower = Tower(root.vision_tower, tuple(root.vision_tower.encoder.layer), root.multi_modal_projector)
         return dataclasses.replace(super().find_parts(root), tower=tower)
 
+    def side(self) -> int:
+        """See `SquareFamily.side`."""
+        return _side(self.config)
+
     def unit(self, grid: ImageGrid) -> Unit:
         """See `Family.unit`."""
         merge = _merge(self.config)
@@ -82,9 +86,4 @@ class InternVL(Family):
     def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
         """See `Family.grids`."""
         check_feature_layer(self.config, arguments)
-        return self.grids_of_features(arguments[modality.pixels])
-
-    def grids_of_features(self, features: Any) -> list[Grids]:
-        """See `Family.grids_of_features`."""
-        side = _side(self.config)
-        return [(ImageGrid(side, side),)] * len(features)
+        return super().grids(modality, arguments)

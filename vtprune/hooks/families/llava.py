@@ -9,9 +9,9 @@ from typing import Any
 from vtprune.budget import Geometry, VisionGeometry
 from vtprune.errors import InputError, UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
+from vtprune.hooks.families.base import FAMILIES, Grids, Modality, Parts
+from vtprune.hooks.families.square import SquareFamily, patches_a_side
 from vtprune.hooks.units import Tower
-from vtprune.layout import ImageGrid
 
 __all__ = ["Llava", "check_feature_layer", "clip_tower", "clip_vision", "feature_block"]
 
@@ -48,7 +48,7 @@ def clip_vision(config: Any) -> VisionGeometry:
         heads=vision.num_attention_heads,
         intermediate=vision.intermediate_size,
         has_cls=has_cls,
-        patches=(vision.image_size // vision.patch_size) ** 2,
+        patches=patches_a_side(config) ** 2,
         patch_dim=vision.num_channels * vision.patch_size**2,
         projector=(vision.hidden_size, text.hidden_size, text.hidden_size),
     )
@@ -93,13 +93,12 @@ def check_feature_layer(config: Any, arguments: Mapping[str, Any]) -> None:
 
 
 @FAMILIES.register("llava")
-class Llava(Family):
+class Llava(SquareFamily):
     """`LlavaForConditionalGeneration`, one grid of patches an image, one placeholder a patch."""
 
     name = "llava"
     model_types = ("llava",)
     summary = "LlavaForConditionalGeneration (CLIP or SigLIP tower; Llama, Mistral or Qwen2 decoder)"
-    images_differ = False
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
@@ -114,10 +113,4 @@ class Llava(Family):
     def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
         """See `Family.grids`."""
         check_feature_layer(self.config, arguments)
-        return self.grids_of_features(arguments[modality.pixels])
-
-    def grids_of_features(self, features: Any) -> list[Grids]:
-        """See `Family.grids_of_features`."""
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
-        return [(ImageGrid(side, side),)] * len(features)
+        return super().grids(modality, arguments)

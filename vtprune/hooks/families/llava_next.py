@@ -14,6 +14,7 @@ from vtprune.errors import InputError
 from vtprune.hooks.decoder_geometry import decoder_geometry
 from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
 from vtprune.hooks.families.llava import check_feature_layer, clip_tower, clip_vision
+from vtprune.hooks.families.square import patches_a_side
 from vtprune.hooks.units import Medium, Unit, raster
 from vtprune.layout import ImageGrid
 
@@ -38,9 +39,8 @@ def image_sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
 def _stitched(config: Any, size: tuple[int, int]) -> tuple[int, int, torch.Tensor]:
     """Crops (down, across) of one image, and [rows, cols] the patches of all of them without padding, numbered row by
     row over all crops. Read off the functions that the host itself uses on the features."""
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size
-    down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
+    side = patches_a_side(config)
+    down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
     patches = torch.arange(down * across * side**2).view(1, down * side, across * side)
     return down, across, unpad_image(patches, torch.tensor(size))[0]
 
@@ -53,7 +53,7 @@ def crop_rows_and_cols(config: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 def crop_units(config: Any, size: tuple[int, int]) -> tuple[Unit, ...]:
     """What the tower makes of one image: itself as a whole, then its crops. Padding becomes no token."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    side = patches_a_side(config)
     down, across, kept = _stitched(config, size)
     rows, cols = kept[:, 0] // (across * side), kept[0] % (across * side)
 
@@ -96,7 +96,7 @@ class LlavaNext(Family):
         return [self._grids(size) for size in image_sizes(arguments)]
 
     def _grids(self, size: Sequence[int]) -> Grids:
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        side = patches_a_side(self.config)
         rows, cols = crop_rows_and_cols(self.config, (size[0], size[1]))
         return ImageGrid(side, side), ImageGrid(rows, cols + 1, newline=True)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from vtprune.hooks.families.base import FAMILIES, Grids, Modality
 from vtprune.hooks.families.llava import check_feature_layer
 from vtprune.hooks.families.llava_next import LlavaNext
+from vtprune.hooks.families.square import patches_a_side
 from vtprune.hooks.units import Medium, raster
 from vtprune.layout import ImageGrid
 
@@ -45,15 +46,13 @@ class LlavaNextVideo(LlavaNext):
         """See `Family.media`; the pooling of a frame stands between tower and projector and joins whole squares."""
         if modality.name == "image":
             return super().media(modality, arguments)
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
+        side = patches_a_side(self.config)
         videos, frames = arguments[modality.pixels].shape[:2]
         return [Medium((raster(side, side, self.config.spatial_pool_stride),) * frames)] * videos
 
     def frame_side(self) -> int:
         """Tokens along one side of a pooled frame."""
-        vision = self.config.vision_config
-        return vision.image_size // vision.patch_size // self.config.spatial_pool_stride
+        return patches_a_side(self.config) // self.config.spatial_pool_stride
 
     def _video(self, frames: int) -> Grids:
         side = self.frame_side()

@@ -13,6 +13,7 @@ from vtprune.hooks.families.base import FAMILIES, Grids, Modality
 from vtprune.hooks.families.llava import check_feature_layer, clip_vision
 from vtprune.hooks.families.llava_next import crop_rows_and_cols, crop_units, image_sizes
 from vtprune.hooks.families.llava_next_video import LlavaNextVideo
+from vtprune.hooks.families.square import patches_a_side
 from vtprune.hooks.units import Medium, raster
 from vtprune.layout import ImageGrid
 
@@ -21,7 +22,7 @@ _NEWLINE = ImageGrid(1, 1, newline=True)
 
 def _shrunk(config: Any, size: tuple[int, int], ratio: str) -> tuple[int, int]:
     """(rows, cols) of the crops' tokens; more than `anyres_max_N` allows are interpolated down to N base grids."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    side = patches_a_side(config)
     rows, cols = crop_rows_and_cols(config, size)
     excess = math.sqrt(rows * cols / (int(ratio.removeprefix("anyres_max_")) * side**2))
     return (int(rows // excess), int(cols // excess)) if excess > 1.1 else (rows, cols)
@@ -67,7 +68,7 @@ class LlavaOnevision(LlavaNextVideo):
 
     @property
     def _side(self) -> int:
-        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return patches_a_side(self.config)
 
     def _image(self, size: tuple[int, int], alone: bool, ratio: str) -> Grids:
         whole = ImageGrid(self._side, self._side)

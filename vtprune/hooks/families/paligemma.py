@@ -11,20 +11,15 @@ import torch
 from vtprune.budget import Geometry
 from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
+from vtprune.hooks.families.base import FAMILIES, Parts
+from vtprune.hooks.families.square import SquareFamily, patches_a_side
 from vtprune.hooks.windows import Blocks
-from vtprune.layout import ImageGrid
 
 _DECODERS = ("gemma", "gemma2")
 
 
-def _side(config: Any) -> int:
-    """Patches along one side of an image."""
-    return config.vision_config.image_size // config.vision_config.patch_size
-
-
 @FAMILIES.register("paligemma")
-class PaliGemma(Family):
+class PaliGemma(SquareFamily):
     """`PaliGemmaForConditionalGeneration`: one grid of patches an image.
 
     The prompt (`token_type_ids` 0) sees itself in both directions, images and text alike and whatever the window; the
@@ -34,7 +29,6 @@ class PaliGemma(Family):
     name = "paligemma"
     model_types = ("paligemma",)
     summary = "PaliGemmaForConditionalGeneration (PaliGemma 1 and 2: two-way prompt; Gemma or Gemma 2 decoder)"
-    images_differ = False
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
@@ -44,19 +38,11 @@ class PaliGemma(Family):
             raise UnsupportedModelError(
                 f"paligemma with a {text.model_type!r} decoder is not supported; supported: {', '.join(_DECODERS)}."
             )
-        return decoder_geometry(cls.name, text, _side(config) ** 2)
+        return decoder_geometry(cls.name, text, patches_a_side(config) ** 2)
 
     def find_parts(self, root: Any) -> Parts:
         """See `Family.find_parts`."""
         return dataclasses.replace(super().find_parts(root), ready_masks=True)
-
-    def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
-        """See `Family.grids`."""
-        return self.grids_of_features(arguments[modality.pixels])
-
-    def grids_of_features(self, features: Any) -> list[Grids]:
-        """See `Family.grids_of_features`."""
-        return [(ImageGrid(_side(self.config), _side(self.config)),)] * len(features)
 
     def blocks(self, arguments: Mapping[str, Any]) -> Blocks | None:
         """See `Family.blocks`."""

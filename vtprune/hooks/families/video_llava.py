@@ -10,6 +10,7 @@ from vtprune.errors import InputError, UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
 from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality
 from vtprune.hooks.families.llava import check_feature_layer, clip_vision
+from vtprune.hooks.families.square import patches_a_side
 from vtprune.layout import ImageGrid
 
 
@@ -94,8 +95,7 @@ class VideoLlava(Family):
         return [video] * (2 * len(output.pooler_output) // len(video))
 
     def _image(self) -> Grids:
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
+        side = patches_a_side(self.config)
         return (ImageGrid(side, side),)
 
     def _video(self, frames: int) -> Grids:

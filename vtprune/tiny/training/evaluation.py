@@ -79,17 +79,12 @@ def intervals(scores: Scores) -> dict[str, tuple[float, float, float, int]]:
     return table
 
 
-def see(vlm: Vlm, batch: Batch) -> torch.Tensor:
-    """Visual tokens [B, V, D] of a batch's pictures."""
-    return vlm.project(vlm.encode(batch.images).cells)
-
-
 def measure_packed(vlm: Vlm, sample: Sample) -> Table:
     """Everything that needs no attention inside the decoder; many questions share one picture."""
     grid = vlm.grid
     batches = scene_batches(grid, sample, sample.scenes) + easy_batches(grid, sample.split, sample.easy)
     with torch.no_grad():
-        visual = {id(batch): see(vlm, batch) for batch in batches}
+        visual = {id(batch): vlm.see(batch.images) for batch in batches}
         attention = {id(batch): vlm.tower_attention(batch.images) for batch in batches}
     table: Table = {}
 
@@ -120,7 +115,7 @@ def measure_packed(vlm: Vlm, sample: Sample) -> Table:
         for name, rule in rules.items():
             table.setdefault(name, {})[str(keep)] = intervals(score(vlm, batches, look, rule))
     everything = easy_batches(grid, sample.split, sample.easy_full)
-    full = score(vlm, everything, lambda batch: see(vlm, batch))
+    full = score(vlm, everything, lambda batch: vlm.see(batch.images))
     table["all easy-VQA pictures"] = {every: intervals(full)}
     return table
 
@@ -129,7 +124,7 @@ def measure_depth(vlm: Vlm, sample: Sample) -> dict[str, dict[str, float]]:
     """Accuracy by k when all visual tokens are dropped after the first k decoder layers."""
     grid = vlm.grid
     batches = scene_batches(grid, sample, sample.drop_scenes) + easy_batches(grid, sample.split, sample.row_easy)
-    dropped = score_dropped(vlm, batches, lambda batch: see(vlm, batch))
+    dropped = score_dropped(vlm, batches, lambda batch: vlm.see(batch.images))
     return {str(k): summary for k, summary in dropped.items()}
 
 
@@ -190,7 +185,7 @@ def measure_rows(vlm: Vlm, sample: Sample) -> Table:
     easy = easy_batches(vlm.grid, sample.split, sample.row_easy)
     with torch.no_grad():
         for batch in scenes + easy:
-            visual = see(vlm, batch)
+            visual = vlm.see(batch.images)
             for number, (rows, source, pictures) in enumerate(_rows(vlm.grid, batch, picture)):
                 _score_rows(vlm, rows, visual[source], pictures, scores, 1000 * picture + number)
             picture += len(batch.ids)

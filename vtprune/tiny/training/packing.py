@@ -97,10 +97,10 @@ def _label_tokens(
     flat = blocks + np.arange(tokens)[:, None] * width
     area = np.bincount(flat.ravel(), minlength=tokens * width).reshape(tokens, width)[:, 1:]
     owner = np.where(area.max(1) >= _COVERED * cell**2, area.argmax(1), -1)
-    patch = np.array([[int(axis * side * grid.merge // IMAGE_SIZE) for axis in center] for center in centers], np.int64)
     place = np.zeros((1, tokens), np.int64)
     # the first object is written last
-    for number, (down, across) in reversed(list(enumerate(patch.tolist()))):
+    for number, center in reversed(list(enumerate(centers))):
+        down, across = (int(axis * side * grid.merge // IMAGE_SIZE) for axis in center)
         token = down // grid.merge * side + across // grid.merge
         owner[token] = number
         place[0, token] = 1 + down % grid.merge * grid.merge + across % grid.merge

@@ -13,7 +13,7 @@ from vtprune.tiny.training.losses import answer_loss, compare_loss, label_loss, 
 from vtprune.tiny.training.network import Trainee
 from vtprune.tiny.training.optimizer import CurveLog, Optimizer, SharedGradients, cosine
 from vtprune.tiny.training.packing import Batch, scene_batch
-from vtprune.tiny.training.phase_symbolic import choose_patches, dev_batches
+from vtprune.tiny.training.phase_symbolic import DECODER_PARTS, choose_patches, dev_batches
 from vtprune.tiny.training.phase_vision import vision_parts
 from vtprune.tiny.training.recipe import TRAINING_WEIGHTS, Recipe
 from vtprune.tiny.training.scoring import score
@@ -23,7 +23,6 @@ from vtprune.tiny.training.workers import run_workers
 _FIRST_ALIGN_SCENE = 20_000_000
 _FIRST_SCENE = 30_000_000
 _SCALE_SCENE = 40_000_000
-_DECODER_PARTS = ("vlm.hf.model.language_model", "vlm.hf.lm_head", "place")
 
 
 def _projector(trainee: Trainee) -> tuple[str, ...]:
@@ -104,11 +103,11 @@ def _train(rank: int, buffer: torch.Tensor, barrier: Any, recipe: Recipe, folder
     dev = dev_batches(vlm.grid, 60, recipe.joint_batch // recipe.workers, easy=1) if rank == 0 else []
 
     def dev_summary() -> dict[str, float]:
-        return score(vlm, dev, lambda batch: vlm.project(vlm.encode(batch.images).cells)).summary()
+        return score(vlm, dev, lambda batch: vlm.see(batch.images)).summary()
 
     if rank == 0:
         log.write(dev_step=0, **dev_summary())
-    answering = (*_DECODER_PARTS, *_projector(trainee))
+    answering = (*DECODER_PARTS, *_projector(trainee))
     groups = [
         (_named(trainee, answering), recipe.joint_rate),
         (list(vision_parts(trainee).values()), recipe.joint_rate * recipe.joint_vision_factor),

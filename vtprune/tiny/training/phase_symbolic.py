@@ -16,7 +16,8 @@ from vtprune.tiny.training.recipe import TRAINING_WEIGHTS, Recipe
 from vtprune.tiny.training.scoring import score, score_dropped
 from vtprune.tiny.training.vlms import TokenGrid
 
-DECODER_PARTS = ("vlm.hf.model.language_model", "vlm.hf.lm_head", "symbols", "place")
+DECODER_PARTS = ("vlm.hf.model.language_model", "vlm.hf.lm_head", "place")
+_TRAINED = (*DECODER_PARTS, "symbols")
 _FIRST_SCENE = 10_000_000
 DEV_SEED = 123
 
@@ -51,7 +52,7 @@ def train_symbolic(recipe: Recipe, folder: Path) -> Path:
     trainee = Trainee(recipe.model)
     trainee.vlm.compile_layers()
     log = CurveLog(folder / "symbolic.jsonl")
-    chosen = [weight for name, weight in trainee.named_parameters() if name.startswith(DECODER_PARTS)]
+    chosen = [weight for name, weight in trainee.named_parameters() if name.startswith(_TRAINED)]
     optimizer = Optimizer([(chosen, recipe.symbolic_rate)])
     dev = dev_batches(trainee.vlm.grid, 60, recipe.symbolic_batch, easy=recipe.symbolic_easy, painted=False)
     target = folder / "symbolic.pt"
@@ -67,7 +68,7 @@ def train_symbolic(recipe: Recipe, folder: Path) -> Path:
             fixed = np.random.default_rng(0)
             few = None if every_token else lambda b, _, r=fixed: choose_patches(b, r, recipe.symbolic_tokens)
             log.write(dev_step=step, **score(trainee.vlm, dev, lambda b: trainee.symbols(b.labels), few).summary())
-            torch.save({n: w.detach() for n, w in trainee.named_parameters() if n.startswith(DECODER_PARTS)}, target)
+            torch.save({n: w.detach() for n, w in trainee.named_parameters() if n.startswith(_TRAINED)}, target)
     for k, summary in score_dropped(trainee.vlm, dev, lambda b: trainee.symbols(b.labels)).items():
         log.write(drop_after=k, **summary)
     return target

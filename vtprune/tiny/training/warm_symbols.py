@@ -32,7 +32,7 @@ def llava_symbols() -> tuple[torch.Tensor, ...]:
     for first in range(0, _SCENES, 8):
         batch = scene_batch(vlm.grid, "train", _SEED, _FIRST_SCENE + first, 8, questions=0)
         with torch.no_grad():
-            tokens = vlm.project(vlm.encode(batch.images).cells).flatten(0, 1).double()
+            tokens = vlm.see(batch.images).flatten(0, 1).double()
         labels = batch.labels[:, [0, 1, 2, 4]]
         places = np.broadcast_to(np.stack([rows, columns]), (len(labels), 2, len(rows)))
         index = torch.from_numpy(np.concatenate([labels, places], 1) + starts[None, :, None])

@@ -137,6 +137,10 @@ class Vlm(nn.Module, ABC):
     def project(self, cells: torch.Tensor) -> torch.Tensor:
         """[B, V, F] -> visual tokens [B, V, D] as the decoder sees them."""
 
+    def see(self, images: np.ndarray) -> torch.Tensor:
+        """Visual tokens [B, V, D] of [B, 128, 128, 3] uint8 pictures."""
+        return self.project(self.encode(images).cells)
+
     @abstractmethod
     def tower_attention(self, images: np.ndarray) -> torch.Tensor:
         """Attention [B, V] of the query `query_name` to each token's patches, last tower layer, mean over heads."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_models import CASES, IMAGE, LAYERS, TEXT, WINDOW, Case, Row, _weights
+from family_models import CASES, HOST_ENCODES_FIRST, IMAGE, LAYERS, TEXT, WINDOW, Case, Row, _weights
 from oracle import hidden_keys, masked
 from torch import Tensor
 from transformers import DynamicCache
@@ -69,6 +69,15 @@ def test_a_mistral_decoder_with_a_window_equals_masked_oracle(method: str, atten
     model = windowed("llava", attention, transformers.MistralConfig(**TEXT, sliding_window=12))
     assert vtprune.geometry(model).windows == (12,) * LAYERS
     check(CASES["llava"], model, method, 0.5, CASES["llava"].batch(*ROWS))
+
+
+@METHODS
+@pytest.mark.parametrize("window", [26, 27, 30])
+@torch.no_grad()
+def test_a_window_that_decoding_outgrows_equals_masked_oracle(window: int, method: str) -> None:
+    """The prompt of 26 tokens fits in, so that masks change on the way."""
+    model = windowed("llava", "sdpa", transformers.MistralConfig(**TEXT, sliding_window=window))
+    check(CASES["llava"], model, method, 0.5, CASES["llava"].batch(ROWS[0]))
 
 
 @ATTENTION
@@ -178,21 +187,27 @@ def test_training_on_a_suffix_equals_masked_oracle(method: str, name: str) -> No
 # conversations
 
 
-def direct(case: Case, model: Any, turns: list[dict[str, Tensor]], cache: DynamicCache) -> tuple[Tensor, Tensor]:
-    """Calls of the model itself over one cache, then two decode steps. Returns ids, and logits of the last call."""
+def direct(
+    case: Case, model: Any, turns: list[dict[str, Tensor]], cache: DynamicCache, how: str = "pixels"
+) -> tuple[Tensor, Tensor]:
+    """Calls of the model itself over one cache, then two decode steps. Returns ids, and logits of the last call.
+
+    Args:
+        how: "pixels" with token types of the whole conversation, "features" encoded before the call, or "untyped":
+            token types in the first turn alone.
+    """
     ids = mask = turns[0]["input_ids"][:, :0]
     steps = [{"input_ids": torch.tensor([[7]])}, {"input_ids": torch.tensor([[8]])}]
     for turn in [*turns, *steps]:
         ids = torch.cat([ids, turn["input_ids"]], 1)
         mask = torch.ones_like(ids)
-        types = case.extra(ids) if "pixel_values" in turn else {}
-        logits = model(
-            input_ids=turn["input_ids"],
-            attention_mask=mask,
-            past_key_values=cache,
-            pixel_values=turn.get("pixel_values"),
-            **types,
-        ).logits
+        pixels = turn.get("pixel_values")
+        more: dict[str, Any] = {"pixel_values": pixels}
+        if pixels is not None and how == "features":
+            more = {"mm_encoder_outputs": {"image": model.get_image_features(pixels)}}
+        if pixels is not None and (how != "untyped" or turn is turns[0]):
+            more |= case.extra(ids)
+        logits = model(input_ids=turn["input_ids"], attention_mask=mask, past_key_values=cache, **more).logits
     return ids, logits
 
 
@@ -205,6 +220,20 @@ def test_new_images_in_a_conversation_equal_masked_oracle(
     method: str, knows_windows: bool, name: str, attention: str
 ) -> None:
     """Token types of the whole conversation come with every image: the host makes blocks in later turns as well."""
+    conversation_equals_masked_oracle(name, method, attention, knows_windows, "pixels")
+
+
+@METHODS
+@pytest.mark.parametrize("how", ["features", "untyped"])
+@pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
+@torch.no_grad()
+def test_later_images_that_paligemma_takes_causally_equal_masked_oracle(name: str, how: str, method: str) -> None:
+    if how == "features" and not HOST_ENCODES_FIRST:
+        pytest.skip("this transformers takes no encoded features")
+    conversation_equals_masked_oracle(name, method, "sdpa", True, how)
+
+
+def conversation_equals_masked_oracle(name: str, method: str, attention: str, knows_windows: bool, how: str) -> None:
     case = CASES[name]
     if not case.turns:
         pytest.skip("this transformers fails on it by itself")
@@ -216,10 +245,10 @@ def test_new_images_in_a_conversation_equal_masked_oracle(
     logged: list[vtprune.Report] = []
     with vtprune.prune(model, method, 0.4) as session:
         handle = model.register_forward_hook(
-            lambda m, a, k, o: logged.append(session.report) if k.get("pixel_values") is not None else None,
+            lambda m, a, k, o: logged.append(session.report) if case.visual(k["input_ids"]).any() else None,
             with_kwargs=True,
         )
-        ids, got = direct(case, model, turns, DynamicCache(**caches))
+        ids, got = direct(case, model, turns, DynamicCache(**caches), how)
         handle.remove()
     assert len(logged) == 3
     hidden = [torch.zeros_like(ids, dtype=torch.bool) for _ in range(LAYERS)]
@@ -230,7 +259,7 @@ def test_new_images_in_a_conversation_equal_masked_oracle(
         for layer, gone in enumerate(hidden_keys(report, ids, LAYERS, here)):
             hidden[layer] |= gone
     with masked(model, hidden):
-        _, want = direct(case, model, turns, DynamicCache(**caches))
+        _, want = direct(case, model, turns, DynamicCache(**caches), how)
     torch.testing.assert_close(got, want, **EXACT)
 
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import CASES, Row
+import transformers
+from family_models import CASES, LAYERS, Row
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import vtprune
+from vtprune.hooks.cache import Group
 
 ONE = (("image", None),)
 ROWS = (Row(ONE, 3, 5, 0), Row(ONE * 2, 1, 4, 1), Row((), 2, 9, 2), Row(ONE, 6, 2, 3))
@@ -78,10 +80,38 @@ def test_a_later_turn_is_charged_for_the_keys_that_the_windows_left() -> None:
 # refusals
 
 
-@pytest.mark.parametrize("name", ["gemma3", "paligemma2"])
-def test_renumbered_positions_are_refused_where_windows_slide(name: str) -> None:
+@pytest.mark.parametrize(("name", "slides"), [("gemma3", True), ("gemma3", False), ("paligemma2", True)])
+def test_renumbered_positions_are_refused_where_windows_slide(name: str, slides: bool) -> None:
+    """Gemma 3 has a rotary table for each kind of layer, also where no layer slides."""
+    config = CASES[name].config()
+    if not slides:
+        config.text_config.layer_types = ["full_attention"] * LAYERS
+    model = getattr(transformers, CASES[name].model_class)._from_config(config, attn_implementation="eager")
     with pytest.raises(vtprune.PlanError, match="no meaning where layers have sliding windows"):
-        vtprune.prune(CASES[name].model(), vtprune.FastV(positions="compact"), 0.5)
+        vtprune.prune(model, vtprune.FastV(positions="compact"), 0.5)
+
+
+@torch.no_grad()
+def test_gemma3_without_windows_and_token_types_runs_on_masks_of_the_host() -> None:
+    """Nothing there needs masks of our own, so that the backend is free."""
+    config = CASES["gemma3"].config()
+    config.text_config.layer_types = ["full_attention"] * LAYERS
+    model = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    inputs = CASES["gemma3"].batch(ROWS[0])
+    del inputs["token_type_ids"]
+    masks: list[Any] = []
+    for layer in model.model.language_model.layers:
+        layer.register_forward_pre_hook(lambda m, a, k: masks.append(k["attention_mask"]), with_kwargs=True)
+    with vtprune.prune(model, "fastv", 0.5):
+        model(**inputs)
+        assert masks[1:] == [None] * 3
+
+
+def test_columns_end_where_rejected_drafts_were_taken_out() -> None:
+    columns = torch.tensor([[0, 3, 4, 7, 8, 9]])
+    group = Group(1, columns, 6, None, dense=True)
+    assert group.columns_to(4, 10, 1, columns.device).tolist() == [[0, 3, 4, 7]]
+    assert group.columns_to(8, 10, 1, columns.device).tolist() == [[0, 3, 4, 7, 8, 9, 10, 11]]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma"])

@@ -71,7 +71,7 @@ class Geometry:
         dynamic: images differ in their number of tokens; `visual_tokens` is then only an example until a prompt comes.
         deepstack: after how many of the first decoder layers the host adds visual features again.
         rotary_axes: 3 where a token has a time, a row and a column for rotary position (M-RoPE), else 1.
-        windows: sliding window of each decoder layer, None where it attends to everything; () if no layer slides.
+        windows: sliding window of each decoder layer, None where it attends to everything; () if none can slide.
         notes: what is assumed about the model, for reports.
         entering: visual tokens that enter each decoder layer before the method at hand acts; () means all.
     """

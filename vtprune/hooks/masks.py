@@ -36,7 +36,7 @@ class Masks:
         """Raises InputError if the attention backend takes no mask of its own for windows or blocks."""
         self._windows, self._blocks = parts.windows, blocks
         self._config: Any = parts.text_model.config
-        self.plain = not parts.windows and blocks is None
+        self.plain = not any(parts.windows) and blocks is None
         backend = self._config._attn_implementation
         if not self.plain and backend not in _BACKENDS:
             raise InputError(

@@ -13,6 +13,8 @@ from transformers import DynamicCache
 
 import vtprune
 from vtprune.hooks.cache import Group
+from vtprune.hooks.families.base import family_of
+from vtprune.hooks.masks import Masks
 
 ONE = (("image", None),)
 ROWS = (Row(ONE, 3, 5, 0), Row(ONE * 2, 1, 4, 1), Row((), 2, 9, 2), Row(ONE, 6, 2, 3))
@@ -105,6 +107,9 @@ def test_gemma3_without_windows_and_token_types_runs_on_masks_of_the_host() -> N
     with vtprune.prune(model, "fastv", 0.5):
         model(**inputs)
         assert masks[1:] == [None] * 3
+    parts = family_of(config)(model).parts()
+    parts.text_model.config._attn_implementation = "flash_attention_2"
+    assert Masks(parts, None).plain
 
 
 def test_columns_end_where_rejected_drafts_were_taken_out() -> None:

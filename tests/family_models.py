@@ -605,7 +605,7 @@ class Qwen3VL(_Timestamps):
         )
 
 
-SIGLIP = {**CLIP, "patch_size": 4, "num_hidden_layers": 2}
+SIGLIP = {**CLIP, "patch_size": 4, "vision_use_head": False}
 # shorter than every prompt, so that it matters; the oldest transformers wants a sliding layer first
 WINDOW = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2}
 

@@ -157,7 +157,8 @@ def test_a_static_cache_is_left_alone_by_a_session_that_keeps_all() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("gemma3", {"use_bidirectional_attention": True}, r"'gemma3_text' and use_bidirectional_attention=True"),
+        ("gemma3", {"use_bidirectional_attention": True}, r"text_config\.use_bidirectional_attention=True is not"),
+        ("gemma3", {"model_type": "gemma2"}, "gemma3 with a 'gemma2' decoder .* gemma3_text"),
         ("paligemma", {"model_type": "llama"}, "paligemma with a 'llama' decoder .* gemma, gemma2"),
     ],
 )

@@ -102,10 +102,13 @@ def encoded(case: Case, kind: str, sizes: list[Any], alone: list[bool]) -> Encod
             unit([*_square(4, 4, 1), []], alone=True)
         elif case.name in ("llava_next", "llava_next_video", "llava_onevision"):
             cropped(size)
-        elif case.name == "llava":
-            unit(_square(4, 4, 1), alone=True)
-        elif case.name in ("internvl", "idefics3", "smolvlm"):
+        elif kind == "video" and case.name == "video_llava":
             for _ in range(size):
+                unit([[], *_square(4, 4, 1)], alone=True)
+        elif case.name in ("llava", "video_llava", "paligemma", "paligemma2"):
+            unit(_square(4, 4, 1), alone=True)
+        elif case.name in ("internvl", "idefics3", "smolvlm", "gemma3"):
+            for _ in range(size or 1):
                 unit(_square(4, 4, 2), alone=True)
         elif case.name == "mistral3":
             unit(_square(size[0] // 8, size[1] // 8, 2), alone=False)
@@ -157,12 +160,16 @@ def gone(case: Case, rows: tuple[Row, ...], report: Report, blocks: int) -> dict
 
 
 def tower_of(model: Any) -> tuple[Any, list[Any]]:
-    """The vision tower and the attention modules of its blocks."""
-    root = model.model
-    tower = next(getattr(root, name) for name in ("vision_tower", "vision_model", "visual") if hasattr(root, name))
+    """The vision tower (that of images) and the attention modules of its blocks."""
+    names = ("vision_tower", "image_tower", "vision_model", "visual")
+    tower = next(getattr(model.model, name) for name in names if hasattr(model.model, name))
+    return tower, _attention(tower)
+
+
+def _attention(tower: Any) -> list[Any]:
     holder = next(getattr(tower, name) for name in ("encoder", "transformer", "blocks") if hasattr(tower, name))
     blocks = next((getattr(holder, name) for name in ("layers", "layer") if hasattr(holder, name)), holder)
-    return tower, [next(getattr(b, n) for n in ("self_attn", "attn", "attention") if hasattr(b, n)) for b in blocks]
+    return [next(getattr(b, n) for n in ("self_attn", "attn", "attention") if hasattr(b, n)) for b in blocks]
 
 
 def turned(module: Any, hidden: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +201,9 @@ def _dense(module: Any, hidden: Tensor, cu_seqlens: Tensor, position_embeddings:
 def tower_masked(model: Any, hidden: dict[str, list[list[Patch]]], lead: int) -> Iterator[None]:
     """Hide patches from each block of the tower; `lead` rows (CLS) stand before the patches of a unit."""
     root, undo, now = model.model, [], {"kind": ""}
-    _, modules = tower_of(model)
+    tower, modules = tower_of(model)
+    # whichever encodes; only one does at a time
+    twins = [tower, *([root.video_tower] if hasattr(root, "video_tower") else [])]
 
     def told(kind: str) -> None:
         name = f"get_{kind}_features"
@@ -228,7 +237,7 @@ def tower_masked(model: Any, hidden: dict[str, list[list[Patch]]], lead: int) ->
 
     for kind in hidden:
         told(kind)
-    for block, module in enumerate(modules):
+    for block, module in [pair for twin in twins for pair in enumerate(_attention(twin))]:
         if hasattr(module, "qkv"):
 
             def dense(

@@ -11,6 +11,7 @@ Axes: U units, V cells alive, S rows of the projector for all units, K of them l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -32,10 +33,13 @@ class Departures:
     """The projector's rows during one tower run. `kept` [K] are those of cells that are left, None while all are."""
 
     def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
-        sizes = torch.tensor([unit.outputs for unit in units], device=device)
+        sizes = [unit.outputs for unit in units]
+        first = list(itertools.accumulate(sizes[:-1], initial=0))
         # [U, V] projector row of each cell, [S] when it left
-        self._row = table([unit.output for unit in units], device) + (sizes.cumsum(0) - sizes)[:, None]
-        self._ordinal = torch.zeros(sum(unit.outputs for unit in units), dtype=torch.long, device=device)
+        self._row = table([unit.output for unit in units], device) + torch.tensor(first, device=device)[:, None]
+        self._ordinal = torch.zeros(sum(sizes), dtype=torch.long, device=device)
+        staying = [start + lead for start, unit in zip(first, units, strict=True) for lead in range(unit.lead)]
+        self._staying = torch.tensor(staying, dtype=torch.long, device=device)
         self.kept: Tensor | None = None
 
     @property
@@ -49,7 +53,7 @@ class Departures:
         kept = self._rows_of(after)
         self._ordinal[kept] = 0
         # a projector inside the tower gets its rows in the order in which the tower has them
-        self.kept = kept.sort().values
+        self.kept = torch.cat([kept, self._staying]).sort().values
 
     def scatter(self, features: Tensor, *, marked: bool = False) -> Tensor:
         """[K, D] -> [S, D]; rows that left hold zeros, or (`marked`) when they left."""

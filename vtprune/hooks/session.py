@@ -58,8 +58,8 @@ class Session:
         self._report: Report | None = None
         self._undo: list[Callable[[], object]] = []
         self._root_signature = inspect.signature(type(self._parts.root).forward)
-        shown = self._parts.tower if self.geometry.vision is not None else None
-        self._tower = None if shown is None else TowerHooks(shown, family, planner)
+        opened = self.geometry.vision is not None and self._parts.tower is not None
+        self._tower = TowerHooks(family, planner) if opened else None
         self._model = weakref.ref(model)
         other = _sessions.get(self._parts.root)
         if other is not None:

@@ -209,8 +209,8 @@ def _deal(medium: Medium, stage: Stage) -> list[int]:
     if wanted < 1 <= medium.others:
         raise BudgetError(
             f"keep={stage.keep} leaves {wanted + medium.others} of an image's {medium.tokens} tokens at {stage.site}, "
-            f"but its {medium.others} newline tokens are not made in the tower and stay. Keep more than that, or use a "
-            "method that cuts at 'input' or later.",
+            f"but its {medium.others} newline or CLS tokens are made of no patches and stay. Keep more than that, or "
+            "use a method that cuts at 'input' or later.",
             floor=medium.others + 1,
         )
     return split_in_proportion(wanted, [unit.cells for unit in medium.units])

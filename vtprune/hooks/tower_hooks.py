@@ -36,8 +36,11 @@ class _Runs(threading.local):
 class TowerHooks:
     """Cuts the tower whenever the model encodes images, and counts what it costs."""
 
-    def __init__(self, tower: Tower, family: Family, planner: Planner) -> None:
-        self._tower, self._family, self._planner = tower, family, planner
+    def __init__(self, family: Family, planner: Planner) -> None:
+        self._family, self._planner, parts = family, planner, family.parts()
+        if parts.tower is None:
+            raise ValueError(f"family {family.name!r} opens no tower.")
+        self._towers = {"image": parts.tower, "video": parts.video_tower or parts.tower}
         self._cuts = bool(planner.nominal.at("vision")) and not planner.inactive
         self._runs = _Runs()
 
@@ -50,9 +53,10 @@ class TowerHooks:
             yield
             return
         media = self._family.media(modality, arguments)
-        full = unpruned_tower(geometry, self._tower, media)
+        tower = self._towers[modality.name]
+        full = unpruned_tower(geometry, tower, media)
         if self._cuts and media:
-            runs.call = TowerCall(geometry, self._tower, media, self._stages)
+            runs.call = TowerCall(geometry, tower, media, self._stages)
         runs.encoding = True
         try:
             yield
@@ -92,17 +96,23 @@ class TowerHooks:
         """Add the hooks with `pre` and `post`; what else must be undone goes to `undo`."""
         if not self._cuts:
             return
-        tower, runs = self._tower, self._runs
+        tower = self._towers["image"]
+        for each in dict.fromkeys(self._towers.values()):
+            self._attach_blocks(each, pre, post, undo)
+        if tower.packing != "segments":
+            pre(tower.entrance or tower.projector, self._on_projector)
+        post(tower.projector, self._after_projector)
+        for tap in tower.taps:
+            post(tap, self._after_tap)
+
+    def _attach_blocks(self, tower: Tower, pre: Hook, post: Hook, undo: list[Callable[[], object]]) -> None:
+        runs = self._runs
         for index, block in enumerate(tower.blocks):
             pre(block, self._on_block(index))
             if tower.packing == "padded":
                 pre(self._family.attention(block), self._on_attention)
         if tower.packing != "segments":
             post(tower.module, self._after_tower)
-            pre(tower.projector, self._on_projector)
-        post(tower.projector, self._after_projector)
-        for tap in tower.taps:
-            post(tap, self._after_tap)
         for block, scorers in watched_blocks(self._planner.nominal, "vision").items():
 
             def observe(*seen: Any, block: int = block, scorers: Any = scorers) -> None:

@@ -32,6 +32,7 @@ class Tower:
             and gets the patches that are left; elsewhere it comes after the host has laid out all patches again.
         packing: how the tower carries its units.
         taps: copies of the projector for earlier blocks (DeepStack).
+        entrance: the module that gets those rows first, where the projector itself merges patches before it.
     """
 
     module: nn.Module
@@ -39,6 +40,7 @@ class Tower:
     projector: nn.Module
     packing: Packing = "padded"
     taps: tuple[nn.Module, ...] = ()
+    entrance: nn.Module | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,7 @@ class Unit:
         outputs: rows that the projector gives for it, those that never reach the decoder included.
         rows: [V, c] the patches of each cell, as the tower orders them.
         output: [V] which of the projector's rows each cell becomes.
+        lead: rows that the projector gives before those of the patches and that stay whatever leaves (CLS of a frame).
         windows: patches of each window in order, where some blocks attend in windows.
     """
 
@@ -61,6 +64,7 @@ class Unit:
     outputs: int
     rows: Tensor
     output: Tensor
+    lead: int = 0
     windows: tuple[int, ...] = ()
 
     @property
@@ -75,7 +79,8 @@ class Medium:
 
     Attributes:
         units: its crops or frames.
-        others: its visual tokens that the tower does not make (newlines); they stay whatever the tower drops.
+        others: its visual tokens that no patches make (newlines, CLS tokens of frames); they stay whatever the tower
+            drops.
         mixed: why no visual token is made of patches of its own, so that the tower cannot be cut; "" if each is.
     """
 
@@ -117,7 +122,7 @@ def blocks(rows: int, cols: int, cell: int, order: Tensor | None = None, windows
     """
     number = rows * cols
     place = torch.arange(number) if order is None else torch.argsort(order)
-    return Unit((rows, cols), number * cell, number, place[:, None] * cell + torch.arange(cell), place, windows)
+    return Unit((rows, cols), number * cell, number, place[:, None] * cell + torch.arange(cell), place, windows=windows)
 
 
 def table(parts: Sequence[Tensor], device: torch.device) -> Tensor:

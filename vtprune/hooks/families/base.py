@@ -50,6 +50,7 @@ class Parts:
         windows: sliding window of each decoder layer, see `Geometry`.
         ready_masks: the root hands the text model masks that follow from `windows` and `Family.blocks`.
         tower: the vision side, where the family opens it.
+        video_tower: where videos have a tower of their own; it has the shape of the other and shares its projector.
     """
 
     root: nn.Module
@@ -59,6 +60,7 @@ class Parts:
     windows: tuple[int | None, ...] = ()
     ready_masks: bool = False
     tower: Tower | None = None
+    video_tower: Tower | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,15 @@ from vtprune.budget import Geometry
 from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
 from vtprune.hooks.families.base import FAMILIES, Parts
-from vtprune.hooks.families.square import SquareFamily
+from vtprune.hooks.families.square import SquareFamily, check_types, encoder_geometry, encoder_tower, patches_a_side
+from vtprune.hooks.units import Unit, raster
 from vtprune.hooks.windows import Blocks
+from vtprune.layout import ImageGrid
+
+
+def _pooled(config: Any) -> int:
+    """Patches along one side of the square that is pooled to a token."""
+    return patches_a_side(config) // math.isqrt(config.mm_tokens_per_image)
 
 
 @FAMILIES.register("gemma3")
@@ -30,23 +37,32 @@ class Gemma3(SquareFamily):
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
         """See `Family.geometry`."""
-        text = config.text_config
-        if text.model_type != "gemma3_text" or text.use_bidirectional_attention:
+        check_types(config, ("gemma3_text",), ("siglip_vision_model",))
+        text, tower = config.text_config, config.vision_config
+        if text.use_bidirectional_attention:
             raise UnsupportedModelError(
-                f"gemma3 with text_config.model_type={text.model_type!r} and use_bidirectional_attention="
-                f"{text.use_bidirectional_attention} is not supported; supported: 'gemma3_text' and False."
+                "gemma3 with text_config.use_bidirectional_attention=True is not supported; supported: False."
             )
-        shape = decoder_geometry(cls.name, text, config.mm_tokens_per_image)
+        widths = (tower.hidden_size, text.hidden_size)
+        vision = encoder_geometry(config, tower.num_hidden_layers - 1, widths, cell=_pooled(config) ** 2)
+        shape = decoder_geometry(cls.name, text, config.mm_tokens_per_image, vision=vision)
         # rotary tables differ by layer type, so positions cannot be renumbered even where no layer slides
         return dataclasses.replace(shape, windows=shape.windows or (None,) * shape.layers)
 
     def find_parts(self, root: Any) -> Parts:
         """See `Family.find_parts`."""
-        return dataclasses.replace(super().find_parts(root), ready_masks=True)
+        # the projector pools before it maps row by row
+        tower = encoder_tower(root, entrance=root.multi_modal_projector.mm_soft_emb_norm)
+        return dataclasses.replace(super().find_parts(root), ready_masks=True, tower=tower)
 
     def side(self) -> int:
         """See `SquareFamily.side`."""
         return math.isqrt(self.config.mm_tokens_per_image)
+
+    def unit(self, grid: ImageGrid) -> Unit:
+        """See `Family.unit`."""
+        side = patches_a_side(self.config)
+        return raster(side, side, _pooled(self.config))
 
     def blocks(self, arguments: Mapping[str, Any]) -> Blocks | None:
         """See `Family.blocks`."""

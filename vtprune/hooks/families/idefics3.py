@@ -8,7 +8,7 @@ from typing import Any
 from vtprune.budget import Geometry, VisionGeometry
 from vtprune.hooks.decoder_geometry import decoder_geometry
 from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
-from vtprune.hooks.families.square import patches_a_side
+from vtprune.hooks.families.square import encoder_geometry, patches_a_side
 from vtprune.hooks.units import Medium, Tower, Unit, raster
 from vtprune.layout import ImageGrid
 
@@ -20,18 +20,8 @@ def _side(config: Any) -> int:
 
 def _vision(config: Any) -> VisionGeometry:
     vision, cell = config.vision_config, config.scale_factor**2
-    return VisionGeometry(
-        blocks=vision.num_hidden_layers,
-        feature_block=vision.num_hidden_layers - 1,
-        hidden=vision.hidden_size,
-        heads=vision.num_attention_heads,
-        intermediate=vision.intermediate_size,
-        has_cls=False,
-        patches=_side(config) ** 2 * cell,
-        patch_dim=vision.num_channels * vision.patch_size**2,
-        projector=(vision.hidden_size * cell, config.text_config.hidden_size),
-        cell=cell,
-    )
+    projector = (vision.hidden_size * cell, config.text_config.hidden_size)
+    return encoder_geometry(config, vision.num_hidden_layers - 1, projector, cell=cell)
 
 
 @FAMILIES.register("idefics3")

@@ -10,10 +10,9 @@ from vtprune.budget import Geometry, VisionGeometry
 from vtprune.errors import InputError, UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
 from vtprune.hooks.families.base import FAMILIES, Grids, Modality, Parts
-from vtprune.hooks.families.square import SquareFamily, patches_a_side
-from vtprune.hooks.units import Tower
+from vtprune.hooks.families.square import SquareFamily, check_types, encoder_geometry, encoder_tower
 
-__all__ = ["Llava", "check_feature_layer", "clip_tower", "clip_vision", "feature_block"]
+__all__ = ["Llava", "check_feature_layer", "clip_vision", "feature_block"]
 
 _TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}  # model_type: has a CLS token
 _DECODERS = ("llama", "mistral", "qwen2")
@@ -25,15 +24,8 @@ def clip_vision(config: Any) -> VisionGeometry:
     Raises:
         UnsupportedModelError: if the tower, or what is taken from it, is a variant that cannot be pruned.
     """
-    text, vision, kind = config.text_config, config.vision_config, config.model_type
-    if text.model_type not in _DECODERS:
-        raise UnsupportedModelError(
-            f"{kind} with a {text.model_type!r} decoder is not supported; supported: {', '.join(_DECODERS)}."
-        )
-    if vision.model_type not in _TOWERS:
-        raise UnsupportedModelError(
-            f"{kind} with a {vision.model_type!r} tower is not supported; supported: {', '.join(_TOWERS)}."
-        )
+    check_types(config, _DECODERS, _TOWERS)
+    text, vision = config.text_config, config.vision_config
     has_cls = _TOWERS[vision.model_type]
     wanted = "default" if has_cls else "full"
     if config.vision_feature_select_strategy != wanted:
@@ -41,17 +33,8 @@ def clip_vision(config: Any) -> VisionGeometry:
             f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a "
             f"{vision.model_type} tower does not give one token a patch; use {wanted!r} with this tower."
         )
-    return VisionGeometry(
-        blocks=vision.num_hidden_layers,
-        feature_block=feature_block(config),
-        hidden=vision.hidden_size,
-        heads=vision.num_attention_heads,
-        intermediate=vision.intermediate_size,
-        has_cls=has_cls,
-        patches=patches_a_side(config) ** 2,
-        patch_dim=vision.num_channels * vision.patch_size**2,
-        projector=(vision.hidden_size, text.hidden_size, text.hidden_size),
-    )
+    projector = (vision.hidden_size, text.hidden_size, text.hidden_size)
+    return encoder_geometry(config, feature_block(config), projector, has_cls=has_cls)
 
 
 def feature_block(config: Any) -> int:
@@ -68,14 +51,6 @@ def feature_block(config: Any) -> int:
         )
     # hidden_states[i] is the output of block i - 1, and there are blocks + 1 of them
     return (layer if layer >= 0 else blocks + 1 + layer) - 1
-
-
-def clip_tower(root: Any) -> Tower:
-    """The tower that `clip_vision` describes, and the projector behind it."""
-    tower = root.vision_tower
-    # the tower lost one level of nesting between transformers releases
-    encoder = getattr(tower, "encoder", None) or tower.vision_model.encoder
-    return Tower(tower, tuple(encoder.layers), root.multi_modal_projector)
 
 
 def check_feature_layer(config: Any, arguments: Mapping[str, Any]) -> None:
@@ -108,7 +83,7 @@ class Llava(SquareFamily):
 
     def find_parts(self, root: Any) -> Parts:
         """See `Family.find_parts`."""
-        return dataclasses.replace(super().find_parts(root), tower=clip_tower(root))
+        return dataclasses.replace(super().find_parts(root), tower=encoder_tower(root))
 
     def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
         """See `Family.grids`."""

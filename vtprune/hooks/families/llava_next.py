@@ -13,8 +13,8 @@ from vtprune.budget import Geometry
 from vtprune.errors import InputError
 from vtprune.hooks.decoder_geometry import decoder_geometry
 from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
-from vtprune.hooks.families.llava import check_feature_layer, clip_tower, clip_vision
-from vtprune.hooks.families.square import patches_a_side
+from vtprune.hooks.families.llava import check_feature_layer, clip_vision
+from vtprune.hooks.families.square import encoder_tower, patches_a_side
 from vtprune.hooks.units import Medium, Unit, raster
 from vtprune.layout import ImageGrid
 
@@ -88,7 +88,7 @@ class LlavaNext(Family):
 
     def find_parts(self, root: Any) -> Parts:
         """See `Family.find_parts`."""
-        return dataclasses.replace(super().find_parts(root), tower=clip_tower(root))
+        return dataclasses.replace(super().find_parts(root), tower=encoder_tower(root))
 
     def grids(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Grids]:
         """See `Family.grids`."""

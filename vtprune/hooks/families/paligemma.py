@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from vtprune.budget import Geometry
-from vtprune.errors import UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
 from vtprune.hooks.families.base import FAMILIES, Parts
-from vtprune.hooks.families.square import SquareFamily, patches_a_side
+from vtprune.hooks.families.square import SquareFamily, check_types, encoder_geometry, encoder_tower
 from vtprune.hooks.windows import Blocks
 
 _DECODERS = ("gemma", "gemma2")
@@ -33,16 +32,14 @@ class PaliGemma(SquareFamily):
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
         """See `Family.geometry`."""
-        text = config.text_config
-        if text.model_type not in _DECODERS:
-            raise UnsupportedModelError(
-                f"paligemma with a {text.model_type!r} decoder is not supported; supported: {', '.join(_DECODERS)}."
-            )
-        return decoder_geometry(cls.name, text, patches_a_side(config) ** 2)
+        check_types(config, _DECODERS, ("siglip_vision_model",))
+        text, tower = config.text_config, config.vision_config
+        vision = encoder_geometry(config, tower.num_hidden_layers - 1, (tower.hidden_size, tower.projection_dim))
+        return decoder_geometry(cls.name, text, vision.patches, vision=vision)
 
     def find_parts(self, root: Any) -> Parts:
         """See `Family.find_parts`."""
-        return dataclasses.replace(super().find_parts(root), ready_masks=True)
+        return dataclasses.replace(super().find_parts(root), ready_masks=True, tower=encoder_tower(root))
 
     def blocks(self, arguments: Mapping[str, Any]) -> Blocks | None:
         """See `Family.blocks`."""

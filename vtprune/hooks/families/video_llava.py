@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vtprune.budget import Geometry
 from vtprune.errors import InputError, UnsupportedModelError
 from vtprune.hooks.decoder_geometry import decoder_geometry
-from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality
+from vtprune.hooks.families.base import FAMILIES, Family, Grids, Modality, Parts
 from vtprune.hooks.families.llava import check_feature_layer, clip_vision
-from vtprune.hooks.families.square import patches_a_side
+from vtprune.hooks.families.square import encoder_tower, patches_a_side
+from vtprune.hooks.units import Medium
 from vtprune.layout import ImageGrid
 
 
@@ -40,12 +42,17 @@ class VideoLlava(Family):
                 f"video_llava with a {config.vision_config.model_type!r} tower, which has no CLS token, is not "
                 "supported; supported: clip_vision_model."
             )
-        return decoder_geometry(cls.name, config.text_config, vision.patches, dynamic=True)
+        return decoder_geometry(cls.name, config.text_config, vision.patches, vision=vision, dynamic=True)
 
     @classmethod
     def part_names(cls) -> tuple[str, ...]:
         """See `Family.part_names`."""
         return ("language_model", "image_tower", "video_tower", "multi_modal_projector")
+
+    def find_parts(self, root: Any) -> Parts:
+        """See `Family.find_parts`."""
+        images, videos = (encoder_tower(root, name) for name in ("image_tower", "video_tower"))
+        return dataclasses.replace(super().find_parts(root), tower=images, video_tower=videos)
 
     def modalities(self) -> tuple[Modality, ...]:
         """See `Family.modalities`."""
@@ -64,6 +71,15 @@ class VideoLlava(Family):
             videos, frames = arguments[modality.pixels].shape[:2]
             return [self._video(frames)] * videos
         return [self._image()] * len(_images(arguments))
+
+    def media(self, modality: Modality, arguments: Mapping[str, Any]) -> list[Medium]:
+        """See `Family.media`."""
+        grids = self.grids(modality, arguments)
+        if modality.name == "image":
+            return [Medium((self.unit(image),)) for (image,) in grids]
+        patches = self.unit(self._image()[0])
+        frame = dataclasses.replace(patches, outputs=patches.outputs + 1, output=patches.output + 1, lead=1)
+        return [Medium((frame,) * (len(video) // 2), others=len(video) // 2) for video in grids]
 
     def grids_of_features(self, features: Any) -> list[Grids]:
         """See `Family.grids_of_features`; of images, [images, patches, D]."""

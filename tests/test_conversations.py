@@ -125,20 +125,6 @@ def test_turns_equal_masked_oracle(method: str, attention: str) -> None:
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("method", ["fastv", "uniform"])
-def test_static_cache_is_refused_before_the_decoder_runs(method: str) -> None:
-    model, inputs = llava(), batch(Row())
-    ran = []
-    handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: ran.append(1))
-    with (
-        vtprune.prune(model, method, 0.4),
-        pytest.raises(vtprune.InputError, match="StaticCache, whose layers have one fixed length"),
-    ):
-        model.generate(**inputs, max_new_tokens=4, cache_implementation="static")
-    handle.remove()
-    assert not ran
-
-
 @torch.no_grad()
 def test_conversations_interleave_and_survive_a_deep_copy() -> None:
     model = llava()

@@ -16,6 +16,7 @@ from oracle import hidden_keys, masked
 from torch import Tensor
 
 import vtprune
+from vtprune.hooks.families.base import family_of
 
 NAMES = sorted(CASES)
 METHODS = [("uniform", 0.4), ("fastv", 0.5), ("random", 7)]
@@ -343,6 +344,37 @@ def test_deepstack_features_go_to_the_tokens_that_are_left() -> None:
         want = model(**inputs).logits
     seen = inputs["attention_mask"].bool() & ~hidden[-1]
     torch.testing.assert_close(logits[seen], want[seen], **EXACT)
+
+
+@pytest.mark.parametrize("method", ["fastv", "uniform"])
+def test_a_static_cache_is_refused_before_the_decoder_runs(case: Case, method: str) -> None:
+    model, inputs = case.model(), case.batch(*one(case))
+    text = family_of(model.config)(model).parts().text_model
+    ran: list[int] = []
+    handle = text.register_forward_pre_hook(lambda module, args: ran.append(1))
+    refusal = r"StaticCache, whose layers have one fixed length.*a DynamicCache"
+    with vtprune.prune(model, method, 0.4) as session:
+        ran.clear()  # of a dry call
+        with pytest.raises(vtprune.InputError, match=refusal):
+            model.generate(**inputs, max_new_tokens=4, cache_implementation="static")
+        assert not ran
+        handle.remove()
+        # and leaves nothing behind
+        model.generate(**inputs, max_new_tokens=4)
+        assert session.report.kept
+
+
+@torch.no_grad()
+def test_a_static_cache_passed_by_hand_is_refused() -> None:
+    case = CASES["qwen2_vl"]
+    model, inputs = case.model(), case.batch(*one(case))
+    cache = transformers.StaticCache(config=model.config, max_cache_len=200)
+    with vtprune.prune(model, "fastv", 0.4), pytest.raises(vtprune.InputError, match="the cache is a StaticCache"):
+        model(**inputs, past_key_values=cache)
+    # a session that keeps all leaves it alone
+    with vtprune.prune(model, "fastv", 1.0):
+        model(**inputs, past_key_values=cache)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
 def test_a_budget_beyond_the_example_image_waits_for_the_prompt() -> None:

@@ -100,7 +100,10 @@ def test_a_count_that_an_image_does_not_hold_is_refused() -> None:
 def test_newlines_stay_whatever_the_tower_drops() -> None:
     case = CASES["llava_next"]
     model, inputs = case.model(), case.batch(*one_picture_each(case)[:1])
-    with vtprune.prune(model, "flowcut", 5), pytest.raises(vtprune.BudgetError, match=r"its 8 newline or CLS tokens .* stay"):
+    with (
+        vtprune.prune(model, "flowcut", 5),
+        pytest.raises(vtprune.BudgetError, match=r"its 8 newline or CLS tokens .* stay"),
+    ):
         model(**inputs)
     with vtprune.prune(model, "flowcut", 9) as session:
         model(**inputs)

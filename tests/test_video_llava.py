@@ -80,7 +80,10 @@ def test_the_cls_tokens_of_frames_stay_whatever_their_tower_drops() -> None:
         report = session.report
     assert {0, 17, 34, 51} < set(report.kept[-1].indices[0].tolist())
     assert report.average_tokens == pytest.approx((0.3 * 68,), abs=1)
-    with vtprune.prune(model, "flowcut", 0.03), pytest.raises(vtprune.BudgetError, match=r"its 2 newline or CLS tokens"):
+    with (
+        vtprune.prune(model, "flowcut", 0.03),
+        pytest.raises(vtprune.BudgetError, match=r"its 2 newline or CLS tokens"),
+    ):
         model(**inputs)
 
 

@@ -135,15 +135,6 @@ def test_backends_that_take_no_mask_are_refused_before_the_model_runs(name: str)
 
 
 @GEMMA3_BREAKS
-def test_a_static_cache_is_refused_whose_masks_come_by_layer_type() -> None:
-    case = CASES["gemma3"]
-    model, inputs = case.model(), case.batch(ROWS[0])
-    kinds = r"a mask for each of \['full_attention', 'sliding_attention'\]"
-    with vtprune.prune(model, "fastv", 0.5), pytest.raises(vtprune.InputError, match=kinds):
-        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
-
-
-@GEMMA3_BREAKS
 @torch.no_grad()
 def test_a_static_cache_is_left_alone_by_a_session_that_keeps_all() -> None:
     case = CASES["gemma3"]

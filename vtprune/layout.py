@@ -7,6 +7,7 @@ padded at the end and `valid` is False there).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,6 +103,20 @@ class Layout:
             images=owners,
             real=real,
             counts=tuple(counts),
+        )
+
+    def to(self, device: torch.device) -> Layout:
+        """The same on another device."""
+        if self.real.device == device:
+            return self
+        return dataclasses.replace(
+            self,
+            position=self.position.to(device),
+            valid=self.valid.to(device),
+            grid=self.grid.to(device),
+            row=self.row.to(device),
+            col=self.col.to(device),
+            real=self.real.to(device),
         )
 
     def box(self, sample: int, token: int) -> tuple[int, int | None, Region] | None:

@@ -37,6 +37,13 @@ class Alive:
         width = max(counts, default=0)
         return cls(torch.arange(width, device=device).expand(len(counts), width), list(counts))
 
+    def to(self, device: torch.device) -> Alive:
+        """The same on another device."""
+        if self.original.device == device and not self.memory:
+            return self
+        memory = {name: {key: signal.to(device) for key, signal in mine.items()} for name, mine in self.memory.items()}
+        return Alive(self.original.to(device), self.counts, memory)
+
     @property
     def valid(self) -> Tensor:
         """[B, V] False at padding of the V axis."""

@@ -140,7 +140,7 @@ class Step:
             physical = physical_length(cache, 0) + length
             changed["attention_mask"] = first.mask(mask, physical, self._record.length, batch, embeds.device)
         if first.lag is not None:
-            changed["position_ids"] = self._position - first.lag[:, None]
+            changed["position_ids"] = self._position - first.lag[:, None].to(self._position.device)
         return changed
 
     def layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
@@ -160,6 +160,6 @@ class Step:
     def _prepare(self, index: int, group: Group, hidden: Tensor, arguments: dict[str, Any]) -> GroupInputs:
         embeddings, position = arguments["position_embeddings"], arguments.get("position_ids")
         if group.lag is not None and group.lag is not self._record.groups[0].lag:
-            position = self._position - group.lag[:, None]
+            position = (self._position - group.lag[:, None].to(self._position.device)).to(hidden.device)
             embeddings = self._parts.rotary(hidden, position_ids=position)
         return GroupInputs(self._masks.of(index, group, hidden), position, embeddings)

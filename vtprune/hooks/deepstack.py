@@ -50,6 +50,7 @@ def attach_deepstack(text: nn.Module, pruned_rows: Callable[[], Rows | None]) ->
 
 def _left(rows: Rows, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """[B, N] visual positions and [their number, D] features -> [B, M] and the features of those that are left."""
+    rows = rows.to(mask.device)
     present = torch.zeros_like(mask)
     present.scatter_(1, rows.position, rows.filled)
-    return mask.gather(1, rows.position) & rows.filled, features[present[mask]]
+    return mask.gather(1, rows.position) & rows.filled, features[present[mask].to(features.device)]

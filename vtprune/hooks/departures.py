@@ -42,6 +42,11 @@ class Departures:
         self._staying = torch.tensor(staying, dtype=torch.long, device=device)
         self.kept: Tensor | None = None
 
+    def to(self, device: torch.device) -> None:
+        """Move to another device."""
+        self._row, self._ordinal, self._staying = (t.to(device) for t in (self._row, self._ordinal, self._staying))
+        self.kept = None if self.kept is None else self.kept.to(device)
+
     @property
     def total(self) -> int:
         """S."""

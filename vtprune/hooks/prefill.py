@@ -1,5 +1,7 @@
 """A prefill that prunes: it runs the decoder's stages, keeps the books and hands every layer the shortened tensors.
 
+The books lie where the prompt lies. Layers may lie on other devices, and what meets their states goes there.
+
 Axes: B samples, N positions of this call, M physical rows that are left, V visual tokens still alive.
 """
 
@@ -70,9 +72,10 @@ class Prefill:
         hidden, cache = arguments["inputs_embeds"], arguments.get("past_key_values")
         self._cache, self._old = cache, record_of(cache)
         self.past = 0 if cache is None else int(cache.get_seq_length())
-        self._position = token_positions(arguments.get("position_ids"), self.past, hidden)
+        home = self.layout.real.device
+        self._position = token_positions(arguments.get("position_ids"), self.past, hidden).to(home)
         mask = padding_mask(arguments, self.prompt, self.parts)
-        self._mask = None if mask is None else mask.bool()
+        self._mask = None if mask is None else mask.to(home).bool()
         self._masks.begin(cache, self._mask, self.past, self.past + self.length)
         self._boundaries = {s.site.index for s in self.stages if s.site.kind == "layer"}
         if self._old is not None:
@@ -102,7 +105,7 @@ class Prefill:
         """Book what the tower dropped; True if anything left."""
         # all stages before the decoder's own are the tower's, and those that cut are numbered 1, 2, ...
         stages = [s for s in self.stages if s.site.kind == "vision"]
-        valid = self.alive.valid
+        left, valid = left.to(self.layout.real.device), self.alive.valid
         survivors = (left == 0) & valid
         for ordinal, stage in enumerate(stages, start=1):
             here = ((left == 0) | (left > ordinal)) & valid
@@ -146,7 +149,7 @@ class Prefill:
         embeddings, position = arguments["position_embeddings"], arguments.get("position_ids")
         if group.lag is not first.lag or self._shift is not self._entry_shift:
             position = self._positions()
-            embeddings = self.parts.rotary(hidden, position_ids=position)
+            embeddings = self.parts.rotary(hidden, position_ids=position.to(hidden.device))
         elif self.rows is not self._entered:
             # the host's tensors hold the rows that entered the text model
             rows = self._entered.row_of(self.rows.position, self.length)
@@ -167,12 +170,14 @@ class Prefill:
         softcap: float | None,
     ) -> None:
         """Show decoder layer `block`'s attention (see `Observer`) to the scorers that asked for it."""
-        past, group, last = key.shape[2] - query.shape[2], self._groups[-1], self.rows.last()
+        past, group, device = key.shape[2] - query.shape[2], self._groups[-1], query.device
+        rows, alive, layout = self.rows.to(device), self.alive.to(device), self.layout.to(device)
+        last = rows.last()
 
         def row(states: Tensor, at: Tensor) -> Tensor:
             return states.gather(2, at[:, None, None, None].expand(-1, states.shape[1], 1, states.shape[3]))
 
-        visual = self.layout.position.gather(1, self.alive.original)
+        visual = layout.position.gather(1, alive.original)
         view = AttentionView(
             block=block,
             query=row(query, last),
@@ -180,13 +185,15 @@ class Prefill:
             value=value,
             scaling=scaling,
             softcap=softcap,
-            real=self._masks.row(block, group, self.rows.position.gather(1, last[:, None]), key.shape[2]),
-            column=self.rows.row_of(visual, self.length) + past,
-            valid=self.alive.valid,
+            real=self._masks.row(block, group, rows.position.gather(1, last[:, None]), key.shape[2]),
+            column=rows.row_of(visual, self.length) + past,
+            valid=alive.valid,
             query_value=row(value, last + past),
             has_cls=False,
         )
-        observe_all(scorers, view, self.alive)
+        observe_all(scorers, view, alive)
+        # stays on the device until a cut reads it
+        self.alive.memory = alive.memory
 
     # after the decoder
 
@@ -214,18 +221,19 @@ class Prefill:
         if keep == self.alive.counts:
             self.kept.append(self._kept(stage.site, None))
             return None, hidden
-        rows = self.rows.row_of(self.layout.position.gather(1, self.alive.original), self.length)
+        alive, layout = self.alive.to(hidden.device), self.layout.to(hidden.device)
+        rows = self.rows.to(hidden.device).row_of(layout.position.gather(1, alive.original), self.length)
         visual = keep_tokens([hidden], rows)[0]
         grids = [[(g.rows, g.cols) for g in sample] for sample in self.layout.grids]
         text_key = self._text_key() if stage.scorer.reads_prompt else ()
-        cut = make_cut(stage, self.alive, visual, keep, self.layout, grids, text_key, self._want_scores)
+        cut = make_cut(stage, alive, visual, keep, layout, grids, text_key, self._want_scores)
         if cut.owner is not None:
-            merged = merge_tokens(visual, cut.owner, self.alive.valid)
+            merged = merge_tokens(visual, cut.owner, alive.valid)
             # padding of the V axis is written to a spare row behind the last one
-            rows = rows.masked_fill(~self.alive.valid, hidden.shape[1])
+            rows = rows.masked_fill(~alive.valid, hidden.shape[1])
             spare = torch.cat([hidden, hidden[:, :1]], 1)
             hidden = spare.scatter(1, rows[..., None].expand_as(merged), merged)[:, :-1]
-        self.alive = cut.alive
+        self.alive = cut.alive.to(self.layout.real.device)
         self.kept.append(self._kept(stage.site, cut))
         index = self._drop()
         return index, keep_tokens([hidden], index)[0]
@@ -250,7 +258,9 @@ class Prefill:
         if compact:
             self._shift, self._lag = self._gone.cumsum(1), self._gone.sum(1)
         old = None if self._old is None else self._old.group_of(first)
-        lag = self._lag if old is None or old.lag is None else old.lag if self._lag is None else old.lag + self._lag
+        lag = self._lag
+        if old is not None and old.lag is not None:
+            lag = old.lag if lag is None else old.lag.to(lag.device) + lag
         physical = physical_length(self._cache, first)
         length = physical + self.rows.length
         if old is not None:
@@ -275,7 +285,7 @@ class Prefill:
         position = self._position if self._shift is None else self._position - self._shift
         position = position.gather(-1, self.rows.position.expand(*position.shape[:-2], -1, -1))
         old = None if self._old is None else self._old.group_of(self._groups[-1].first)
-        return position if old is None or old.lag is None else position - old.lag[:, None]
+        return position if old is None or old.lag is None else position - old.lag[:, None].to(position.device)
 
     def _kept(self, site: Site, cut: Cut | None) -> Kept:
         def split(values: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
@@ -284,8 +294,8 @@ class Prefill:
         indices = split(self.alive.original, self.alive.counts)
         if cut is None or cut.scores is None:
             return Kept(site, indices)
-        counts = cut.before.counts
-        return Kept(site, indices, split(cut.scores, counts), split(cut.before.original, counts))
+        counts, home = cut.before.counts, self.layout.real.device
+        return Kept(site, indices, split(cut.scores.to(home), counts), split(cut.before.original.to(home), counts))
 
     def _text_key(self) -> tuple[tuple[int, ...], ...]:
         ids, visual = self.prompt.input_ids, self.prompt.visual

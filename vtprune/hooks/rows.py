@@ -39,6 +39,12 @@ class Rows:
         """No row is padding."""
         return all(n == self.length for n in self.counts)
 
+    def to(self, device: torch.device) -> Rows:
+        """The same on another device."""
+        if self.position.device == device:
+            return self
+        return Rows(self.position.to(device), self.filled.to(device), self.counts)
+
     def keep(self, keep: Tensor, counts: list[int]) -> tuple[Rows, Tensor]:
         """The rows whose position is marked in `keep` [B, N], `counts` of them a sample, packed to the right.
 
@@ -69,6 +75,7 @@ class Rows:
 
     def scatter_back(self, hidden: Tensor, length: int) -> Tensor:
         """[B, M, D] -> [B, N, D] with zeros at positions that left."""
-        source = hidden if self.dense else hidden * self.filled[..., None].to(hidden.dtype)
+        rows = self.to(hidden.device)
+        source = hidden if self.dense else hidden * rows.filled[..., None].to(hidden.dtype)
         full = hidden.new_zeros(hidden.shape[0], length, hidden.shape[-1])
-        return full.scatter(1, self.position[..., None].expand_as(hidden), source)
+        return full.scatter(1, rows.position[..., None].expand_as(hidden), source)

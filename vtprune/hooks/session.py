@@ -223,7 +223,9 @@ class Session:
         left, expected = None, None if self._tower is None else self._tower.left(call.prompt)
         if expected is not None:
             index = call.layout.position[..., None].expand(-1, -1, kwargs["inputs_embeds"].shape[-1])
-            left = read_departures(kwargs["inputs_embeds"].gather(1, index), call.alive.valid), expected
+            embeds = kwargs["inputs_embeds"]
+            visual = embeds.gather(1, index.to(embeds.device))
+            left = read_departures(visual, call.alive.valid.to(embeds.device)), expected
         return args, call.text(kwargs, left)
 
     def _after_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

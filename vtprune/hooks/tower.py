@@ -79,6 +79,14 @@ class TowerCall:
         self._departures = Departures(self._units, hidden.device)
         return rows
 
+    def _follow(self, states: Tensor) -> None:
+        """Bring the books to the device of these states: blocks of one tower may lie on several."""
+        device = states.device
+        if self._rows is not None and self._cells.original.device != device:
+            self._rows.to(device)
+            self._cells = self._cells.to(device)
+            self._departures.to(device)
+
     # blocks
 
     def block(self, index: int, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -88,6 +96,7 @@ class TowerCall:
             return None
         cut = self._stages.get(index - 1)
         if cut is not None:
+            self._follow(hidden)
             check_per_token(named, hidden.shape[-2], f"tower block {index}")
             hidden = self._cut(*cut, hidden, rows)
         if rows.pruned:
@@ -96,11 +105,12 @@ class TowerCall:
         self._pairs.append(rows.pairs(named))
         return ((hidden, *rest), named) if rows.pruned else None
 
-    def attention(self, named: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments of a block's attention where a unit is a row of a batch; None leaves them."""
+    def attention(self, states: Tensor, named: dict[str, Any]) -> dict[str, Any] | None:
+        """The named arguments of a block's attention to `states` where a unit is a row of a batch; None leaves them."""
         if self._rows is None or not self._rows.pruned or self._tower.packing != "padded":
             return None
-        return {**named, "attention_mask": self._mask}
+        mask = self._mask
+        return {**named, "attention_mask": mask if mask is None else mask.to(states.device)}
 
     def _cut(self, ordinal: int, stage: Stage, hidden: Tensor, rows: TowerRows) -> Tensor:
         cells = self._cells
@@ -136,6 +146,7 @@ class TowerCall:
         rows = self._rows
         if rows is None:
             return
+        self._follow(query)
         if self._tower.packing != "padded":
             # backends without variable lengths are called once a segment
             self._read.append((query, key, value))
@@ -169,16 +180,19 @@ class TowerCall:
 
     def laid_out(self, states: Tensor) -> Tensor:
         """The tower's output with a row for every patch again, zeros where one left."""
+        self._follow(states)
         return states if self._rows is None or not self._rows.pruned else self._rows.full(states)
 
     def before_projector(self, states: Tensor) -> Tensor | None:
         """[..., W] rows of all visual tokens, S in all -> [K, W] of those that are left; None leaves them."""
+        self._follow(states)
         kept = self._departures.kept
         self._laid_out = tuple(states.shape[:-1])
         return None if kept is None else states.reshape(-1, states.shape[-1])[kept]
 
     def after_projector(self, features: Tensor) -> Tensor | None:
         """[K, D] -> [..., D] with what left marked (see `departures`); None leaves them."""
+        self._follow(features)
         self._projected += features.numel() // features.shape[-1]
         if self._departures.kept is None:
             return None
@@ -187,6 +201,7 @@ class TowerCall:
 
     def after_tap(self, features: Tensor) -> Tensor:
         """[K, D] features of an earlier block -> [S, D]."""
+        self._follow(features)
         self._projected += len(features)
         return self._departures.scatter(features)
 

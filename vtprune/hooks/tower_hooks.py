@@ -130,7 +130,9 @@ class TowerHooks:
         return hook
 
     def _on_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        changed = None if self._runs.call is None else self._runs.call.attention(kwargs)
+        if self._runs.call is None:
+            return None
+        changed = self._runs.call.attention(args[0] if args else kwargs["hidden_states"], kwargs)
         return None if changed is None else (args, changed)
 
     def _after_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -48,6 +48,12 @@ class TowerRows:
         """Rows that a block runs on, padding included."""
         return sum(self.rows.counts) if self._packed else len(self._whole) * max(self.rows.counts)
 
+    def to(self, device: torch.device) -> None:
+        """Move to another device."""
+        if self._seats.device != device:
+            self._seats = self._seats.to(device)
+            self.rows = self.rows.to(device)
+
     def check(self, hidden: Tensor) -> None:
         """Refuse states that are not those of the units.
 
@@ -96,7 +102,8 @@ class TowerRows:
         ]
         stay = torch.zeros(len(self._whole), max(self._whole), dtype=torch.int32, device=hidden.device)
         stay[:, : self._prefix] = 1
-        stay[[n == whole for n, whole in zip(counts, self._whole, strict=True)]] = 1
+        untouched = [n == whole for n, whole in zip(counts, self._whole, strict=True)]
+        stay[torch.tensor(untouched, device=hidden.device)] = 1
         stay.scatter_add_(1, self._seats_of(cells), self.patches(cells.valid).int())
         kept = (stay.gather(1, self.rows.original) > 0) & self.rows.valid
         starts = self._starts(self.rows.counts)
@@ -152,7 +159,7 @@ class TowerRows:
             elif name == "position_embeddings" and value is not None:
                 changed[name] = tuple(self._once(angles, self._angles) for angles in value)
             elif name == "position_ids" and value is not None:
-                changed[name] = value.index_select(-1, self._first())
+                changed[name] = value.index_select(-1, self._first().to(value.device))
         if self._packing == "mask":
             if rest and rest[0] is not None:
                 return (self._once(rest[0], self._block_mask), *rest[1:]), changed
@@ -201,15 +208,15 @@ class TowerRows:
         return known[1]
 
     def _angles(self, angles: Tensor) -> Tensor:
-        return angles.index_select(-2, self._first())
+        return angles.index_select(-2, self._first().to(angles.device))
 
     def _block_mask(self, mask: Tensor) -> Tensor:
-        first = self._first()
+        first = self._first().to(mask.device)
         return mask.index_select(-2, first).index_select(-1, first)
 
     def _bounds(self, bounds: Tensor) -> Tensor:
         left = torch.zeros(sum(self._whole), dtype=torch.long, device=bounds.device)
-        left[self._first()] = 1
+        left[self._first().to(bounds.device)] = 1
         ends = functional.pad(left.cumsum(0), (1, 0))[bounds.long()]
         # a segment that lost all its rows is none
         return torch.unique_consecutive(ends).to(bounds.dtype)

@@ -99,16 +99,16 @@ def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan]) -> None:
         InputError: with what was given and what to do instead.
     """
     mask, cache = prompt.attention_mask, prompt.cache
-    if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
-        got = f"a mask for each of {sorted(mask)}" if isinstance(mask, dict) else f"shape {tuple(mask.shape)}"
-        raise InputError(
-            f"attention_mask must be 2-D [batch, length], got {got}. A mask with more axes (also the one a static "
-            "cache makes) is tied to the unpruned length; pass the 2-D mask and a DynamicCache."
-        )
     if cache is not None and getattr(cache, "is_compileable", False):
         raise InputError(
             f"the cache is a {type(cache).__name__}, whose layers have one fixed length; pruning needs a DynamicCache "
             "(leave cache_implementation unset)."
+        )
+    if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
+        got = f"a mask for each of {sorted(mask)}" if isinstance(mask, dict) else f"shape {tuple(mask.shape)}"
+        raise InputError(
+            f"attention_mask must be 2-D [batch, length], got {got}. A mask with more axes is tied to the unpruned "
+            "length; pass the 2-D mask."
         )
     if root.training and any(getattr(m, "gradient_checkpointing", False) for m in root.modules()):
         raise InputError(

@@ -29,8 +29,8 @@ def keep_tokens(tensors: Sequence[Tensor], index: Tensor, dim: int = 1, *, impl:
     Args:
         tensors: each [B, ..., N, ...] with the tokens on axis `dim`, of any dtype: hidden states [B, N, D], ids [B, N],
             masks. A tensor of batch 1 (shared rotary tables [1, N, d]) is read by every sample.
-        index: [B, M] int64 token numbers in [0, N). Not checked on a GPU, where reading it would stall the stream;
-            torch itself raises on a CPU.
+        index: [B, M] int64 token numbers in [0, N), on any device. Not checked on a GPU, where reading it would stall
+            the stream; torch itself raises on a CPU.
         dim: the token axis, at least 1.
         impl: "auto", "torch" or "reference".
 
@@ -80,7 +80,7 @@ def _keep_tokens_torch(tensors: Sequence[Tensor], index: Tensor, dim: int) -> tu
 
 
 def _keep_rows(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    batch, length = index.shape[0], tensor.shape[dim]
+    index, batch, length = index.to(tensor.device), index.shape[0], tensor.shape[dim]
     between, after = tensor.shape[1:dim], tensor.shape[dim + 1 :]
     sample = torch.arange(batch, device=index.device)
     if not tensor.is_contiguous():

@@ -129,6 +129,19 @@ def test_mixtures_of_patches_are_refused() -> None:
 
 
 @torch.no_grad()
+def test_crops_that_a_mask_hides_in_part_are_refused() -> None:
+    case = CASES["idefics3"]
+    model, inputs = case.model(), case.batch(*one_picture_each(case)[:1])
+    shown = torch.ones(inputs["pixel_values"].shape[:2] + inputs["pixel_values"].shape[3:], dtype=torch.long)
+    with vtprune.prune(model, "flowcut", 0.5) as session:
+        model(**inputs, pixel_attention_mask=shown)
+        assert session.report.vision_flops < session.report.vision_flops_full
+        shown[:, 0, :16] = 0
+        with pytest.raises(vtprune.InputError, match=r"hides part of a crop .* at 'input' or later"):
+            model(**inputs, pixel_attention_mask=shown)
+
+
+@torch.no_grad()
 def test_a_crop_of_nothing_but_padding() -> None:
     """A square image on a strip of three crops fills the middle one; the others hold no token."""
     case = CASES["llava_next"]

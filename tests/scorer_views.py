@@ -6,12 +6,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vtprune.budget import Geometry, VisionGeometry
-from vtprune.contract import AttentionView, Memory, Scorer, TokenView
+from vtprune.contract import AttentionView, Memory, Scorer, TokenView, TransitionView
 from vtprune.plan import Site
 
 HEADS, KEY_HEADS, HEAD_DIM, WIDTH = 4, 2, 8, 16
@@ -128,6 +129,32 @@ def attention_view(
     )
 
 
+def transition_view(
+    samples: Sequence[Sample],
+    layer: int,
+    part: Literal["attention", "mlp"],
+    *,
+    dtype: torch.dtype = torch.float32,
+    poison: float = math.nan,
+) -> TransitionView:
+    """What a sublayer does, left-padded: visual tokens and then text."""
+    lengths = [len(s.alive) + s.text for s in samples]
+    states = [
+        [s.normal(f"{what}{layer}{part}", n, WIDTH) for s, n in zip(samples, lengths, strict=True)]
+        for what in ("before", "after")
+    ]
+    columns = [torch.arange(len(s.alive))[:, None] + max(lengths) - n for s, n in zip(samples, lengths, strict=True)]
+    return TransitionView(
+        layer=layer,
+        part=part,
+        before=_pad(states[0], poison, left=True).to(dtype),
+        after=_pad(states[1], poison, left=True).to(dtype),
+        real=torch.stack([torch.arange(max(lengths)) >= max(lengths) - n for n in lengths]),
+        column=_pad(columns, 0)[:, :, 0].long(),
+        valid=token_view(samples, [1] * len(samples)).valid,
+    )
+
+
 def seen(
     scorer: Scorer,
     samples: Sequence[Sample],
@@ -143,5 +170,10 @@ def seen(
             has_cls = scorer.queries == "cls"
             view = attention_view(samples, block=block, has_cls=has_cls, dtype=dtype, poison=poison)
             memory = scorer.observe(view, memory)
+    if scorer.reads_transitions:
+        parts: list[Literal["attention", "mlp"]] = ["attention", "mlp"]
+        for part in parts:
+            view = transition_view(samples, 0, part, dtype=dtype, poison=poison)
+            memory = scorer.observe_transition(view, memory)
     site = "vision[2]" if scorer.queries == "cls" else "input"
     return token_view(samples, keep, memory, site=site, dtype=dtype, poison=poison)

@@ -197,7 +197,7 @@ def test_attention_rows_errors_name_the_values() -> None:
         attention_rows(query[:, :5], key, 1.0, real=None)
     with pytest.raises(ShapeError, match=r"query \[2, 6, 1, 7\] and key \[2, 2, 9, 8\]"):
         attention_rows(query[..., :7], key, 1.0, real=None)
-    with pytest.raises(ShapeError, match=r"real must be bool \[2, 9\], got torch.bool \[2, 8\]"):
+    with pytest.raises(ShapeError, match=r"real must be bool \[2, 9\] or \[2, 1, 9\], got torch.bool \[2, 8\]"):
         attention_rows(query, key, 1.0, real=real[:, :8])
     with pytest.raises(ShapeError, match=r"column must be int64 \[2, V\], got torch.int32 \[2, 3\]"):
         attention_rows(query, key, 1.0, real=None, column=torch.zeros(2, 3, dtype=torch.int32))

@@ -20,12 +20,12 @@ def big() -> Geometry:
     return Geometry("llava", 32, 4096, 32, 32, 128, 11008, 576)
 
 
-@pytest.mark.parametrize("text", ["vision[3]", "input", "layer[2]"])
+@pytest.mark.parametrize("text", ["vision[3]", "input", "restart[0]", "restart[5]", "layer[2]"])
 def test_sites_read_what_they_write(text: str) -> None:
     assert str(Site.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["layer", "layer[-1]", "vision[x]", "restart[3]", ""])
+@pytest.mark.parametrize("text", ["layer", "layer[-1]", "vision[x]", "restart", "restart(3)", ""])
 def test_bad_sites(text: str) -> None:
     with pytest.raises(PlanError, match="got"):
         Site.parse(text)

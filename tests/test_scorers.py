@@ -155,14 +155,30 @@ def test_inputs_are_not_modified(name: str) -> None:
 BUDGETS = [Budget.make(192), Budget.make(0.25), Budget.make(flops=0.5), Budget.make(1.0)]
 
 
+def out_of_reach(method: Scorer, budget: Budget) -> float | None:
+    """What a method needs at least, if that is more than the budget."""
+    try:
+        method.plan(LLAVA, budget)
+    except BudgetError as error:
+        return error.floor
+    return None
+
+
 @every_method
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_plan_spends_the_budget(name: str, budget: Budget) -> None:
+    assert isinstance(budget.value, (int, float))
+    floor = out_of_reach(METHODS[name](), budget)
+    if floor is not None:
+        # methods whose first layers see everything say what they need, and can spend that
+        unit = 576 if isinstance(budget.value, float) and budget.basis == "average" else 1
+        assert floor > budget.value * unit
+        budget = Budget(math.ceil(floor)) if budget.basis == "average" else Budget.make(flops=floor)
     plan = METHODS[name]().plan(LLAVA, budget)
     cost = plan_cost(plan, LLAVA, budget.basis)
     assert isinstance(budget.value, (int, float))
     if budget.basis == "flops":
-        assert cost == pytest.approx(budget.value, abs=0.01)
+        assert cost == pytest.approx(budget.value, abs=0.02)
     else:
         share = isinstance(budget.value, float)
         assert cost == pytest.approx(budget.value * 576 if share else budget.value, abs=1.0)
@@ -188,6 +204,8 @@ def other_values(annotation: typing.Any, default: typing.Any) -> Iterator[typing
             yield from (v for v in typing.get_args(kind) if v != default)
     if isinstance(default, tuple):
         yield tuple(v + 1 for v in default)
+        yield tuple(v / 2 for v in default)
+    yield (1, 2, 3)
     boolean = bool in (annotation, *typing.get_args(annotation))
     yield from (v for v in ([True, False] if boolean else [3, 0.25, 1, (1, 2), "a"]) if v != default)
 

@@ -19,16 +19,27 @@ from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan, Site, Stage
 from vtprune.registry import Registry
 
-__all__ = ["METHODS", "AttentionView", "Memory", "Queries", "Scorer", "TokenView", "compose", "top_k_mask"]
+__all__ = [
+    "METHODS",
+    "AttentionView",
+    "Memory",
+    "Queries",
+    "Scorer",
+    "TokenView",
+    "TransitionView",
+    "compose",
+    "top_k_mask",
+]
 
 Memory = dict[str, Tensor]
 """Per-token running signals of one call, each [B, V]; the engine gathers them whenever tokens are dropped. In a tower
 that merges c patches into a token `observe` sees and returns [B, V * c], the patches of each token side by side, and a
 cut sees their mean."""
 
-Queries = Literal["last", "cls", "mean"]
+Queries = Literal["last", "cls", "mean", "instruction"]
 """Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean of real tokens (in a
-tower those of one image, crop or frame, also in blocks that attend in windows)."""
+tower those of one image, crop or frame, also in blocks that attend in windows), the prompt's tokens behind its last
+image (its last token, if there are none)."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +51,15 @@ class AttentionView:
         query: [B, H, R, d] the rows asked for by `Scorer.queries`, after RoPE.
         key, value: [B, Hkv, N, d] all keys and values, after RoPE.
         scaling: factor of the logits, usually d ** -0.5.
-        real: [B, N] True at keys that the query row sees (not at padding, nor outside its sliding window), or None if
-            it sees all.
+        real: [B, N], or [B, R, N] for "instruction": True at keys that a query row sees (not at padding, later tokens,
+            nor outside its sliding window), or None if it sees all.
         column: [B, V] where each alive visual token lies among the N keys.
         valid: [B, V] False at padding of the V axis.
         query_value: [B, Hkv, R, d] values at the query rows.
         has_cls: the query row is a tower's CLS token (else, in a tower, the mean of all real queries).
         softcap: bound c of the logits, which the model takes as c tanh(logit / c), or None.
+        rows: [B, R] False at padding of the R axis, or None if there is none.
+        first: keys before this one come from earlier calls (a cache).
     """
 
     block: int
@@ -60,11 +73,36 @@ class AttentionView:
     query_value: Tensor
     has_cls: bool
     softcap: float | None = None
+    rows: Tensor | None = None
+    first: int = 0
 
     def visual(self, states: Tensor) -> Tensor:
         """[B, Hkv, N, d] keys or values -> [B, Hkv, V, d] at the alive visual tokens."""
         index = self.column[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
         return states.gather(2, index)
+
+
+@dataclass(frozen=True)
+class TransitionView:
+    """What a sublayer of a decoder layer has just made of its tokens, for `Scorer.observe_transition`.
+
+    Attributes:
+        layer: index of the decoder layer.
+        part: which sublayer.
+        before: [B, M, D] its normalised input, as the sublayer gets it.
+        after: [B, M, D] its output before it is added to the residual stream.
+        real: [B, M] False at padding.
+        column: [B, V] where each alive visual token lies among the M rows.
+        valid: [B, V] False at padding of the V axis.
+    """
+
+    layer: int
+    part: Literal["attention", "mlp"]
+    before: Tensor
+    after: Tensor
+    real: Tensor
+    column: Tensor
+    valid: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,7 +171,9 @@ class Scorer:
         queries: query rows that `observe` needs, or None if the method reads no attention. In a tower without CLS
             "cls" is served as "mean".
         accumulates: `observe` runs after every block before the stage (else only after the last one before it).
-        adaptive: the method decides itself how many tokens stay; a budget is then optional.
+        ahead: at `layer[k]` `observe` sees layer k itself, asked about the tokens that are about to be cut, and not the
+            layer before it. (At `restart[k]` it always sees layer k.)
+        adaptive: the method can decide itself how many tokens stay; a budget is then optional.
         merges: tokens that leave are averaged into a survivor (see `assign`).
         reads_prompt: the view's `text_key` is filled (it costs one copy of the token ids to the host).
     """
@@ -143,12 +183,28 @@ class Scorer:
     site: ClassVar[Site | None] = None
     queries: ClassVar[Queries | None] = None
     accumulates: ClassVar[bool] = False
+    ahead: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = False
 
+    @property
+    def reads_attention(self) -> bool:
+        """`observe` is called; unless overridden whenever `queries` is set."""
+        return self.queries is not None
+
+    @property
+    def reads_transitions(self) -> bool:
+        """`observe_transition` is called."""
+        return False
+
+    def watches(self, site: Site) -> range:
+        """Blocks that are observed before a cut at `site`; unless overridden as `accumulates` says."""
+        last = site.index - (site.kind == "layer")
+        return range(0 if self.accumulates else last, last + 1)
+
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
-        """Turn one attention block into per-token memory. Called only if `queries` is set.
+        """Turn one attention block into per-token memory. Called only if `reads_attention`.
 
         Args:
             view: the block that has just run.
@@ -158,6 +214,10 @@ class Scorer:
             the new memory, tensors [B, V].
         """
         raise PlanError(f"{self.name} sets queries={self.queries!r} but does not define observe().")
+
+    def observe_transition(self, view: TransitionView, memory: Memory) -> Memory:
+        """Turn what a sublayer did in a prefill into per-token memory [B, V]. Called only if `reads_transitions`."""
+        raise PlanError(f"{self.name} reads transitions but does not define observe_transition().")
 
     def score(self, view: TokenView) -> Tensor:
         """[B, V] scores, higher is kept; values at invalid tokens are ignored."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from vtprune.budget import Basis, Geometry
 from vtprune.plan import Plan
 
-__all__ = ["kv_bytes", "plan_cost", "prefill_flops", "vision_flops"]
+__all__ = ["image_macs", "kv_bytes", "plan_cost", "prefill_flops", "projection_flops", "vision_flops"]
 
 
 def prefill_flops(geometry: Geometry, lengths: Sequence[int], past: Sequence[int] | None = None) -> int:
@@ -31,6 +31,21 @@ def prefill_flops(geometry: Geometry, lengths: Sequence[int], past: Sequence[int
         keys = n + (_held(geometry, layer, past[layer]) if past is not None else 0)
         total += 2 * n * linear + 4 * n * keys * width
     return total
+
+
+def projection_flops(geometry: Geometry, tokens: int) -> int:
+    """FLOPs of the queries, keys and values of one decoder layer, on which look-ahead scorers stop."""
+    return 2 * tokens * geometry.hidden * (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim
+
+
+def image_macs(geometry: Geometry, tokens_per_layer: Sequence[int]) -> int:
+    """The count that FastV, PyramidDrop and TransPrune publish as "FLOPs": sum over layers of 4nd^2 + 2n^2d + 3ndm.
+
+    Multiply-accumulates (not times two) of the image tokens alone, n in each layer, at width d and intermediate width
+    m; text, grouped key heads and the tower are left out. For comparison with those papers only.
+    """
+    d, m = geometry.hidden, geometry.intermediate
+    return sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in tokens_per_layer)
 
 
 def vision_flops(
@@ -91,12 +106,21 @@ def _held(geometry: Geometry, layer: int, seen: int) -> int:
 
 
 def plan_cost(plan: Plan, geometry: Geometry, basis: Basis) -> float:
-    """Cost of `plan` in the unit of `basis`: average tokens a layer, final tokens, or share of prefill FLOPs."""
-    tokens = plan.tokens_per_layer(geometry.entering, geometry.visual_tokens)
+    """Cost of `plan` in the unit of `basis`: average tokens a layer, final tokens, or share of prefill FLOPs.
+
+    Layers that a restart runs count once more.
+    """
+    total = geometry.visual_tokens
+    tokens = plan.tokens_per_layer(geometry.entering, total)
+    passes = plan.passes(geometry.entering, total)
     if basis == "average":
-        return sum(tokens) / len(tokens)
+        return (sum(tokens) + sum(k * n for k, n in passes)) / len(tokens)
     if basis == "final":
         return float(tokens[-1])
     text = geometry.text_tokens
-    full = prefill_flops(geometry, [text + geometry.visual_tokens] * geometry.layers)
-    return prefill_flops(geometry, [text + t for t in tokens]) / full
+    full = prefill_flops(geometry, [text + total] * geometry.layers)
+    asked = [*passes, *plan.looks_ahead(geometry.entering, total)]
+    flops = prefill_flops(geometry, [text + t for t in tokens])
+    flops += sum(prefill_flops(geometry, [text + n] * k) for k, n in passes)
+    flops += sum(projection_flops(geometry, text + n) for _, n in asked)
+    return flops / full

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Positions", "Site", "Stage", "resolve_count"]
 
 Positions = Literal["keep", "compact"]
-_KINDS = ("vision", "input", "layer")
-_SITE = re.compile(r"(vision|layer)\[(\d+)\]|(input)")
+_KINDS = ("vision", "input", "restart", "layer")
+_SITE = re.compile(r"(vision|restart|layer)\[(\d+)\]|(input)")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place where tokens can go: `vision[k]` after tower block k, `input` before the decoder, `layer[k]` before
-    decoder layer k. Indices are 0-based."""
+    """A place where tokens can go: `vision[k]` after tower block k, `input` before the decoder, `restart[k]` before the
+    decoder once its layers 0 to k have been asked, `layer[k]` before decoder layer k. Indices are 0-based."""
 
-    kind: Literal["vision", "input", "layer"]
+    kind: Literal["vision", "input", "restart", "layer"]
     index: int = 0
 
     def __post_init__(self) -> None:
@@ -46,16 +46,16 @@ class Site:
         """Read what `str(site)` writes.
 
         Raises:
-            PlanError: if `text` is not `vision[k]`, `input` or `layer[k]`.
+            PlanError: if `text` is not `vision[k]`, `input`, `restart[k]` or `layer[k]`.
         """
         match = _SITE.fullmatch(text.strip())
         if match is None:
-            raise PlanError(f"site must be written 'vision[k]', 'input' or 'layer[k]', got {text!r}.")
+            raise PlanError(f"site must be written 'vision[k]', 'input', 'restart[k]' or 'layer[k]', got {text!r}.")
         return cls("input") if match[3] else cls(match[1], int(match[2]))  # type: ignore[arg-type]
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key: tower blocks, then the decoder's input, then decoder layers."""
+        """Sort key: tower blocks, then the decoder's input, restarts, then decoder layers."""
         return _KINDS.index(self.kind), self.index
 
 
@@ -178,6 +178,37 @@ class Plan:
             first = stage.site.index if stage.site.kind == "layer" else 0
             tokens[first:] = [min(t, stage.count(total)) for t in tokens[first:]]
         return tuple(tokens)
+
+    def passes(self, entering: tuple[int, ...], total: int) -> tuple[tuple[int, int], ...]:
+        """What restarts run before the decoder runs: (k, visual tokens) of each `restart[k]` that drops some.
+
+        Layers 0 to k-1 run in full, layer k up to its queries and keys. Arguments as in `tokens_per_layer`.
+        """
+        found: list[tuple[int, int]] = []
+        now = entering[0]
+        for stage in self.stages:
+            if stage.site.kind == "layer":
+                break
+            after = min(now, stage.count(total))
+            if stage.site.kind == "restart" and after < now:
+                found.append((stage.site.index, now))
+            now = after
+        return tuple(found)
+
+    def looks_ahead(self, entering: tuple[int, ...], total: int) -> tuple[tuple[int, int], ...]:
+        """(k, visual tokens) of each `layer[k]` that drops some by what layer k itself would attend to.
+
+        Queries and keys of that layer are then computed twice. Arguments as in `tokens_per_layer`.
+        """
+        found: list[tuple[int, int]] = []
+        before = Plan()
+        for stage in self.stages:
+            if stage.site.kind == "layer" and stage.scorer.ahead and stage.scorer.reads_attention:
+                now = before.tokens_per_layer(entering, total)[stage.site.index]
+                if stage.count(total) < now:
+                    found.append((stage.site.index, now))
+            before = before + Plan((stage,))
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

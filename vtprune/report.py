@@ -18,7 +18,7 @@ class Kept:
     """What one stage kept.
 
     Attributes:
-        site: the stage's site; `str()` reads `vision[3]`, `input`, `layer[2]`.
+        site: the stage's site; `str()` reads `vision[3]`, `input`, `restart[5]`, `layer[2]`.
         indices: for each sample a LongTensor into its visual tokens in sequence order, increasing.
         scores: for each sample an fp32 tensor beside `alive`, the tokens scored (in order), or None.
         alive: for each sample the indices that were scored, or None.
@@ -38,6 +38,8 @@ class Report:
         visual_tokens: visual tokens of each sample.
         text_tokens: real tokens of each sample that are not visual.
         tokens_per_layer: for each sample, visual tokens that enter each decoder layer.
+        restarted: for each sample, visual tokens that entered a decoder layer in a pass that a `restart[k]` broke off,
+            summed over the layers; () if there was none.
         kept: one record a stage, in order.
         flops, flops_full: decoder prefill without the output head, as run and unpruned.
         vision_flops, vision_flops_full: tower and projector; 0 if they did not run in this call.
@@ -58,11 +60,13 @@ class Report:
     kv_bytes_full: int
     layout: Layout | None = None
     notes: tuple[str, ...] = ()
+    restarted: tuple[int, ...] = ()
 
     @property
     def average_tokens(self) -> tuple[float, ...]:
-        """Visual tokens that enter a decoder layer, averaged over the layers, for each sample."""
-        return tuple(sum(row) / len(row) for row in self.tokens_per_layer)
+        """Visual tokens that enter a decoder layer, averaged over the layers, for each sample; `restarted` included."""
+        extra = self.restarted or (0,) * len(self.tokens_per_layer)
+        return tuple((sum(row) + more) / len(row) for row, more in zip(self.tokens_per_layer, extra, strict=True))
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -95,6 +99,7 @@ class Report:
             "text_tokens": list(self.text_tokens),
             "tokens_per_layer": [list(row) for row in self.tokens_per_layer],
             "average_tokens": list(self.average_tokens),
+            "restarted": list(self.restarted),
             "kept": [{"site": str(k.site), "indices": _lists(k.indices)} for k in self.kept],
             "flops": self.flops,
             "flops_full": self.flops_full,

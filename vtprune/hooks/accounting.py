@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils.generic import is_flash_attention_requested
 
 from vtprune.budget import Geometry
-from vtprune.cost import kv_bytes, prefill_flops, vision_flops
+from vtprune.cost import kv_bytes, prefill_flops, projection_flops, vision_flops
 from vtprune.errors import InputError
 from vtprune.hooks.families.base import Prompt
 from vtprune.hooks.prefill import Prefill
@@ -104,7 +104,7 @@ def report_pruned(geometry: Geometry, call: Prefill, vision: tuple[int, int], it
         text_tokens=tuple(call.text_counts),
         tokens_per_layer=tuple(tuple(width(i)[2][b] for i in layers) for b in range(call.batch)),
         kept=tuple(call.kept),
-        flops=call.batch * prefill_flops(geometry, rows, past),
+        flops=call.batch * (prefill_flops(geometry, rows, past) + _asked_flops(geometry, call)),
         flops_full=call.batch * prefill_flops(geometry, whole, [call.past] * geometry.layers),
         vision_flops=vision[0],
         vision_flops_full=vision[1],
@@ -112,4 +112,13 @@ def report_pruned(geometry: Geometry, call: Prefill, vision: tuple[int, int], it
         kv_bytes_full=call.batch * kv_bytes(geometry, [call.past + call.length] * geometry.layers, itemsize),
         layout=call.layout,
         notes=geometry.notes,
+        restarted=tuple(sum(k * alive[b] for k, _, alive in call.passes) for b in range(call.batch))
+        if call.passes
+        else (),
     )
+
+
+def _asked_flops(geometry: Geometry, call: Prefill) -> int:
+    """FLOPs, a sample, of what ran only to be asked: the passes of restarts, and the projections of asked layers."""
+    passes = sum(prefill_flops(geometry, [rows] * k, [call.past] * k) for k, rows, _ in call.passes)
+    return passes + sum(projection_flops(geometry, rows) for rows in call.asked)

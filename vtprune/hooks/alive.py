@@ -13,8 +13,9 @@ from vtprune.errors import PlanError
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.layout import Layout
 from vtprune.plan import Site, Stage
+from vtprune.report import Kept
 
-__all__ = ["Alive", "Cut", "cut_counts", "make_cut", "observe_all"]
+__all__ = ["Alive", "Cut", "cut_counts", "make_cut", "observe_all", "record_cut"]
 
 
 @dataclass
@@ -156,6 +157,19 @@ def make_cut(
         scores = stage.scorer.score(view).float()
     after, index = alive.keep(kept, counts)
     return Cut(after, index, owner, scores, alive)
+
+
+def record_cut(site: Site, alive: Alive, cut: Cut | None) -> Kept:
+    """What a stage at `site` left `alive`; `cut` is None if it dropped nothing."""
+
+    def split(values: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+        return tuple(row[:n] for row, n in zip(values.to(alive.original.device), counts, strict=True))
+
+    indices = split(alive.original, alive.counts)
+    if cut is None or cut.scores is None:
+        return Kept(site, indices)
+    counts = cut.before.counts
+    return Kept(site, indices, split(cut.scores, counts), split(cut.before.original, counts))
 
 
 def _token_view(

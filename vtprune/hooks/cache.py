@@ -7,6 +7,7 @@ attention masks and position ids of the host speak of.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CacheRecord", "Group", "physical_length", "record_of", "write_record"]
+__all__ = ["CacheRecord", "Group", "peek", "physical_length", "record_of", "write_record"]
 
 _ATTRIBUTE = "_vtprune_record"
 
@@ -111,6 +112,19 @@ def _logical_length(cache: Any, layer_idx: int | None = None) -> int:
 
 def _query_offset(cache: Any, layer_idx: int = 0) -> int:
     return physical_length(cache, layer_idx)
+
+
+def peek(cache: Any) -> Any:
+    """A cache that holds the same keys and values; what is added to it does not reach `cache`. None stays None."""
+    if cache is None:
+        return None
+    shown = copy.copy(cache)
+    # layers replace their tensors when they grow, and never write into them
+    shown.layers = [copy.copy(layer) for layer in cache.layers]
+    record = record_of(cache)
+    if record is not None:
+        write_record(shown, record)
+    return shown
 
 
 def write_record(cache: Any, record: CacheRecord) -> None:

@@ -17,16 +17,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vtprune.errors import InputError
 from vtprune.hooks.alive import Alive
 from vtprune.hooks.units import Unit, table
+from vtprune.plan import Stage
+from vtprune.report import Kept
 
-__all__ = ["Departures", "read_departures"]
+__all__ = ["Departures", "book_departures", "read_departures"]
 
 
 def read_departures(features: Tensor, valid: Tensor) -> Tensor:
     """[B, V, D] visual embeddings -> [B, V] ordinal of the tower stage at which each token left, 0 for survivors."""
     gone = (features[..., 1:] == 0).all(-1) & valid
     return torch.where(gone, features[..., 0].float().round().long(), 0)
+
+
+def book_departures(
+    stages: Sequence[Stage], alive: Alive, left: Tensor, expected: list[int]
+) -> tuple[list[Kept], Alive]:
+    """What the tower's stages kept, and what is alive after them.
+
+    Args:
+        stages: the tower's; those that cut are numbered 1, 2, ...
+        alive: every visual token.
+        left: see `read_departures`.
+        expected: survivors that each sample should have (the target, if the last stage is adaptive).
+
+    Raises:
+        InputError: if the features come from elsewhere.
+    """
+    valid = alive.valid
+    survivors, kept = (left == 0) & valid, []
+    for ordinal, stage in enumerate(stages, start=1):
+        here = ((left == 0) | (left > ordinal)) & valid
+        kept.append(Kept(stage.site, tuple(row.nonzero()[:, 0] for row in here)))
+    counts = survivors.sum(1).tolist()
+    if counts != expected and not stages[-1].adaptive:
+        raise InputError(
+            f"the image features hold {counts} tokens a sample instead of {expected}: they were encoded while this "
+            "pruning was not attached. Encode the images again under the session."
+        )
+    return kept, alive if counts == alive.counts else alive.keep(survivors, counts)[0]
 
 
 class Departures:

@@ -99,6 +99,10 @@ class Masks:
             return group.mask(self._mask, group.length, self._length, len(query), query.device)
         return self.visible(layer, group, query + self._past, keys, group.length)[:, 0]
 
+    def rows(self, layer: int, group: Group, queries: Tensor, keys: int) -> Tensor:
+        """[B, Q, K] which keys of a layer some of its queries see; the arguments are those of `row`, for [B, Q]."""
+        return self.visible(layer, group, queries + self._past, keys, group.length)
+
     def visible(self, layer: int, group: Group, queries: Tensor, keys: int, physical: int) -> Tensor:
         """[B, Q, K] which keys each query sees.
 

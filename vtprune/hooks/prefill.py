@@ -7,24 +7,29 @@ Axes: B samples, N positions of this call, M physical rows that are left, V visu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vtprune.contract import AttentionView, Scorer
+from vtprune.contract import Scorer
 from vtprune.errors import InputError
-from vtprune.hooks.alive import Alive, Cut, cut_counts, make_cut, observe_all
-from vtprune.hooks.cache import CacheRecord, Group, physical_length, record_of
+from vtprune.hooks.alive import Alive, cut_counts, make_cut, observe_all, record_cut
+from vtprune.hooks.asking import Answered, ask
+from vtprune.hooks.cache import CacheRecord, Group, peek
 from vtprune.hooks.call import GroupInputs, check_per_token, keep_angles, padding_mask, token_positions
+from vtprune.hooks.departures import book_departures
 from vtprune.hooks.families.base import Parts, Prompt
+from vtprune.hooks.groups import Groups
 from vtprune.hooks.masks import Masks
 from vtprune.hooks.rows import Rows
+from vtprune.hooks.views import Books, Seen, text_keys
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.kernels.merge_tokens import merge_tokens
 from vtprune.layout import Layout
-from vtprune.plan import Plan, Site
+from vtprune.plan import Plan, Site, Stage
 from vtprune.report import Kept
 
 __all__ = ["Prefill"]
@@ -48,15 +53,17 @@ class Prefill:
         self.kept: list[Kept] = []
         # (first layer, rows of its group, alive visual tokens of each sample), for the report
         self.widths: list[tuple[int, int, list[int]]] = [(0, self.length, list(layout.counts))]
+        # layers that a restart ran in full, rows and alive visual tokens in them; rows whose queries and keys were
+        # computed only to be asked
+        self.passes: list[tuple[int, int, list[int]]] = []
+        self.asked: list[int] = []
         self.pruned = False
         self.past = 0
+        self._asking: Stage | None = None
         self._want_scores = want_scores
-        self._groups: list[Group] = []
         # what layers get instead of the host's tensors, by their window; None as long as the host's are right
         self._inputs: dict[int | None, GroupInputs] | None = None
         self._masks = Masks(parts, prompt.blocks)
-        self._shift: Tensor | None = None
-        self._lag: Tensor | None = None
 
     # before the decoder
 
@@ -70,56 +77,47 @@ class Prefill:
         """
         check_per_token(arguments, self.length, "the text model")
         hidden, cache = arguments["inputs_embeds"], arguments.get("past_key_values")
-        self._cache, self._old = cache, record_of(cache)
+        home, self._cache = self.layout.real.device, cache
         self.past = 0 if cache is None else int(cache.get_seq_length())
-        home = self.layout.real.device
-        self._position = token_positions(arguments.get("position_ids"), self.past, hidden).to(home)
+        position = token_positions(arguments.get("position_ids"), self.past, hidden).to(home)
         mask = padding_mask(arguments, self.prompt, self.parts)
         self._mask = None if mask is None else mask.to(home).bool()
         self._masks.begin(cache, self._mask, self.past, self.past + self.length)
+        self._groups = Groups(cache, position, self._mask)
         self._boundaries = {s.site.index for s in self.stages if s.site.kind == "layer"}
-        if self._old is not None:
-            self._boundaries |= {g.first for g in self._old.groups}
+        if self._groups.old is not None:
+            self._boundaries |= {g.first for g in self._groups.old.groups}
 
         compact = False
-        if left is not None and self._take_tower_cuts(*left):
-            hidden = keep_tokens([hidden], self._drop())[0]
+        if left is not None:
+            stages = [s for s in self.stages if s.site.kind == "vision"]
+            records, self.alive = book_departures(stages, self.alive, left[0].to(home), left[1])
+            self.kept.extend(records)
+            if self.alive.counts != list(self.layout.counts):
+                hidden = keep_tokens([hidden], self._drop())[0]
         for ordinal, stage in enumerate(self.stages):
-            if stage.site.kind == "input":
+            if stage.site.kind in ("input", "restart"):
+                if stage.site.kind == "restart" and self._cuts(ordinal):
+                    self._ask_pass(stage, self._enter(hidden, arguments, compact))
                 index, hidden = self._stage(ordinal, hidden)
                 compact = compact or (index is not None and stage.positions == "compact")
+        return self._enter(hidden, arguments, compact)
+
+    def _enter(self, hidden: Tensor, arguments: dict[str, Any], compact: bool) -> dict[str, Any]:
+        """The text model's arguments for the rows that are left before layer 0."""
+        self._groups.known.clear()
         group = self._open_group(0, compact)
-        self.widths[0] = (0, self.rows.length, list(self.alive.counts))
-        self._entered, self._entry_shift = self.rows, self._shift
+        self.widths = [(0, self.rows.length, list(self.alive.counts))]
+        self._entered, self._entry_shift, self._inputs = self.rows, self._groups.shift, None
         if group.columns is None:
             return arguments
         self._inputs = None if self._masks.plain else {}
-        changed = dict(arguments, inputs_embeds=hidden, position_ids=self._positions())
+        changed = dict(arguments, inputs_embeds=hidden, position_ids=self._groups.positions(self.rows))
         changed["attention_mask"] = group.mask(self._mask, group.length, self.past, self.batch, hidden.device)
-        if changed["attention_mask"] is None and cache is None:
+        if changed["attention_mask"] is None and self._cache is None:
             # without a cache and a mask the host would read gaps in position_ids as packed sequences
             changed["attention_mask"] = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return changed
-
-    def _take_tower_cuts(self, left: Tensor, expected: list[int]) -> bool:
-        """Book what the tower dropped; True if anything left."""
-        # all stages before the decoder's own are the tower's, and those that cut are numbered 1, 2, ...
-        stages = [s for s in self.stages if s.site.kind == "vision"]
-        left, valid = left.to(self.layout.real.device), self.alive.valid
-        survivors = (left == 0) & valid
-        for ordinal, stage in enumerate(stages, start=1):
-            here = ((left == 0) | (left > ordinal)) & valid
-            self.kept.append(Kept(stage.site, tuple(row.nonzero()[:, 0] for row in here)))
-        counts = survivors.sum(1).tolist()
-        if counts != expected and not stages[-1].adaptive:
-            raise InputError(
-                f"the image features hold {counts} tokens a sample instead of {expected}: they were encoded while this "
-                "pruning was not attached. Encode the images again under the session."
-            )
-        if counts == self.alive.counts:
-            return False
-        self.alive, _ = self.alive.keep(survivors, counts)
-        return True
 
     # decoder layers
 
@@ -128,11 +126,14 @@ class Prefill:
         if index in self._boundaries and index > 0:
             check_per_token(arguments, self.rows.length, f"decoder layer {index}")
             cut_index, compact = None, False
-            for ordinal, stage in enumerate(self.stages):
+            # a pass that a restart breaks off makes no cuts
+            for ordinal, stage in enumerate(self.stages if self._asking is None else ()):
                 if stage.site == Site("layer", index):
+                    if stage.scorer.ahead and stage.scorer.reads_attention and self._cuts(ordinal):
+                        self._ask_layer(stage, hidden, arguments)
                     cut_index, hidden = self._stage(ordinal, hidden)
                     compact = cut_index is not None and stage.positions == "compact"
-            if cut_index is not None or self._old is not None:
+            if cut_index is not None or self._groups.old is not None:
                 self._open_group(index, compact)
                 self.widths.append((index, self.rows.length, list(self.alive.counts)))
                 self._inputs = {}
@@ -145,10 +146,14 @@ class Prefill:
 
     def _prepare(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> GroupInputs:
         """Make the tensors for layer `index` and its like in the newest group."""
-        group, first = self._groups[-1], self._groups[0]
+        position, embeddings = self._turned(hidden, arguments)
+        return GroupInputs(self._masks.of(index, self._groups.newest, hidden), position, embeddings)
+
+    def _turned(self, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        """Position ids and (cos, sin) of the newest group."""
         embeddings, position = arguments["position_embeddings"], arguments.get("position_ids")
-        if group.lag is not first.lag or self._shift is not self._entry_shift:
-            position = self._positions()
+        if not self._groups.lags_alike or self._groups.shift is not self._entry_shift:
+            position = self._groups.positions(self.rows)
             embeddings = self.parts.rotary(hidden, position_ids=position.to(hidden.device))
         elif self.rows is not self._entered:
             # the host's tensors hold the rows that entered the text model
@@ -156,44 +161,72 @@ class Prefill:
             embeddings = [keep_angles(t, rows) for t in embeddings]
             if position is not None:
                 position = keep_tokens([position.expand(self.batch, -1)], rows)[0]
-        mask = self._masks.of(index, group, hidden)
-        return GroupInputs(mask, position, (embeddings[0], embeddings[1]))
+        return position, (embeddings[0], embeddings[1])
 
-    def observe(
+    # signals
+
+    def _ask_pass(self, stage: Stage, arguments: dict[str, Any]) -> None:
+        """Run the text model on `arguments` up to the layer of a restart."""
+        given = {**arguments, "use_cache": False, "output_hidden_states": False, "output_attentions": False}
+        given["past_key_values"] = peek(self._cache) if self.past else None
+        if not self.past and given.get("attention_mask") is None:
+            given["attention_mask"] = torch.ones_like(self.rows.position, dtype=torch.bool)
+        # forward, because the hooks on the text model itself belong to the run that counts
+        self._ask(stage, self.parts.text_model.forward, given)
+        self.passes.append((stage.site.index, self.rows.length, list(self.alive.counts)))
+
+    def _ask_layer(self, stage: Stage, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """Run the layer behind a cut up to its attention, on the tokens before the cut."""
+        layer: Any = self.parts.layers[stage.site.index]
+        self._open_group(stage.site.index, False)
+        given = {name: value for name, value in arguments.items() if name != "hidden_states"}
+        given["position_ids"], given["position_embeddings"] = self._turned(hidden, arguments)
+        given |= {"attention_mask": None, "past_key_values": peek(self._cache) if self.past else None}
+        self._ask(stage, functools.partial(layer.forward, hidden), given)
+        self._groups.known.pop()
+
+    def _ask(self, stage: Stage, run: Callable[..., Any], given: dict[str, Any]) -> None:
+        self._asking = stage
+        try:
+            ask(functools.partial(run, **given), stage.site.index)
+        finally:
+            self._asking = None
+        self.asked.append(self.rows.length)
+
+    def observe_transition(
         self,
-        block: int,
+        layer: int,
+        part: Literal["attention", "mlp"],
         scorers: Sequence[Scorer],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None,
+        before: Tensor,
+        after: Tensor,
     ) -> None:
-        """Show decoder layer `block`'s attention (see `Observer`) to the scorers that asked for it."""
-        past, group, device = key.shape[2] - query.shape[2], self._groups[-1], query.device
-        rows, alive, layout = self.rows.to(device), self.alive.to(device), self.layout.to(device)
-        last = rows.last()
+        """Show what a sublayer made of its tokens [B, M, D] to the scorers that asked for it."""
+        if self._asking is not None:
+            return
+        books = Books.on(before.device, self.rows, self.alive, self.layout)
+        view, memory = books.transition(layer, part, before, after), books.alive.memory
+        with torch.no_grad():
+            for scorer in scorers:
+                memory[scorer.name] = scorer.observe_transition(view, memory.get(scorer.name, {}))
+        self.alive.memory = memory
 
-        def row(states: Tensor, at: Tensor) -> Tensor:
-            return states.gather(2, at[:, None, None, None].expand(-1, states.shape[1], 1, states.shape[3]))
+    def observe(self, block: int, scorers: Sequence[Scorer], seen: Seen) -> None:
+        """Show decoder layer `block`'s attention to the scorers that asked for it.
 
-        visual = layout.position.gather(1, alive.original)
-        view = AttentionView(
-            block=block,
-            query=row(query, last),
-            key=key,
-            value=value,
-            scaling=scaling,
-            softcap=softcap,
-            real=self._masks.row(block, group, rows.position.gather(1, last[:, None]), key.shape[2]),
-            column=rows.row_of(visual, self.length) + past,
-            valid=alive.valid,
-            query_value=row(value, last + past),
-            has_cls=False,
-        )
-        observe_all(scorers, view, alive)
-        # stays on the device until a cut reads it
-        self.alive.memory = alive.memory
+        Raises:
+            Answered: if the layer was run only to be asked.
+        """
+        if self._asking is not None:
+            scorers = (self._asking.scorer,) if self._asking.site.index == block else ()
+        for scorer in scorers:
+            books = Books.on(seen.query.device, self.rows, self.alive, self.layout)
+            view = books.attention(block, seen, scorer.queries, self._groups.newest, self._masks)
+            observe_all([scorer], view, books.alive)
+            # stays on the device until a cut reads it
+            self.alive.memory = books.alive.memory
+        if self._asking is not None and scorers:
+            raise Answered
 
     # after the decoder
 
@@ -203,9 +236,20 @@ class Prefill:
 
     def record(self) -> CacheRecord:
         """What the cache must remember of this conversation."""
-        return CacheRecord(self.past + self.length, self._groups, self.batch)
+        return self._groups.record(self.length, self.batch)
 
     # one cut
+
+    def _keep(self, ordinal: int) -> list[int]:
+        """Survivors that stage `ordinal` asks of each sample."""
+        return [
+            cut_counts(plan.stages[ordinal], [total], [now])[0]
+            for plan, total, now in zip(self.plans, self.layout.counts, self.alive.counts, strict=True)
+        ]
+
+    def _cuts(self, ordinal: int) -> bool:
+        """True if stage `ordinal` drops something."""
+        return self._keep(ordinal) != self.alive.counts
 
     def _stage(self, ordinal: int, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
         """Run stage `ordinal` on [B, M, D] states.
@@ -213,19 +257,15 @@ class Prefill:
         Returns:
             [B, M'] index of the rows that stay (None if all do), and their states.
         """
-        stage = self.stages[ordinal]
-        keep = [
-            cut_counts(plan.stages[ordinal], [total], [now])[0]
-            for plan, total, now in zip(self.plans, self.layout.counts, self.alive.counts, strict=True)
-        ]
+        stage, keep = self.stages[ordinal], self._keep(ordinal)
         if keep == self.alive.counts:
-            self.kept.append(self._kept(stage.site, None))
+            self.kept.append(record_cut(stage.site, self.alive, None))
             return None, hidden
         alive, layout = self.alive.to(hidden.device), self.layout.to(hidden.device)
         rows = self.rows.to(hidden.device).row_of(layout.position.gather(1, alive.original), self.length)
         visual = keep_tokens([hidden], rows)[0]
         grids = [[(g.rows, g.cols) for g in sample] for sample in self.layout.grids]
-        text_key = self._text_key() if stage.scorer.reads_prompt else ()
+        text_key = text_keys(self.prompt, self.layout) if stage.scorer.reads_prompt else ()
         cut = make_cut(stage, alive, visual, keep, layout, grids, text_key, self._want_scores)
         if cut.owner is not None:
             merged = merge_tokens(visual, cut.owner, alive.valid)
@@ -234,7 +274,7 @@ class Prefill:
             spare = torch.cat([hidden, hidden[:, :1]], 1)
             hidden = spare.scatter(1, rows[..., None].expand_as(merged), merged)[:, :-1]
         self.alive = cut.alive.to(self.layout.real.device)
-        self.kept.append(self._kept(stage.site, cut))
+        self.kept.append(record_cut(stage.site, self.alive, cut))
         index = self._drop()
         return index, keep_tokens([hidden], index)[0]
 
@@ -256,50 +296,5 @@ class Prefill:
     def _open_group(self, first: int, compact: bool) -> Group:
         """Book the columns that the layers from `first` on will hold."""
         if compact:
-            self._shift, self._lag = self._gone.cumsum(1), self._gone.sum(1)
-        old = None if self._old is None else self._old.group_of(first)
-        lag = self._lag
-        if old is not None and old.lag is not None:
-            lag = old.lag if lag is None else old.lag.to(lag.device) + lag
-        physical = physical_length(self._cache, first)
-        length = physical + self.rows.length
-        if old is not None:
-            past_dense = old.dense
-        else:
-            past_dense = self._mask is None or self.past == 0 or bool(self._mask[:, : self.past].all())
-        dense = self.rows.dense and past_dense
-        if not self.pruned and (old is None or old.columns is None):
-            group = Group(first, None, length, lag, dense)
-        else:
-            device = self.rows.position.device
-            known = Group(0, None, self.past, None, True) if old is None else old
-            logical = self.past if self._old is None else self._old.length
-            past = known.columns_to(physical, logical, self.batch, device)
-            new = (self.rows.position + self.past).masked_fill(~self.rows.filled, -1)
-            group = Group(first, torch.cat([past, new], 1), length, lag, dense)
-        self._groups.append(group)
-        return group
-
-    def _positions(self) -> Tensor:
-        """[..., B, M] position ids of the rows in the newest group."""
-        position = self._position if self._shift is None else self._position - self._shift
-        position = position.gather(-1, self.rows.position.expand(*position.shape[:-2], -1, -1))
-        old = None if self._old is None else self._old.group_of(self._groups[-1].first)
-        return position if old is None or old.lag is None else position - old.lag[:, None].to(position.device)
-
-    def _kept(self, site: Site, cut: Cut | None) -> Kept:
-        def split(values: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
-            return tuple(row[:n] for row, n in zip(values, counts, strict=True))
-
-        indices = split(self.alive.original, self.alive.counts)
-        if cut is None or cut.scores is None:
-            return Kept(site, indices)
-        counts, home = cut.before.counts, self.layout.real.device
-        return Kept(site, indices, split(cut.scores.to(home), counts), split(cut.before.original.to(home), counts))
-
-    def _text_key(self) -> tuple[tuple[int, ...], ...]:
-        ids, visual = self.prompt.input_ids, self.prompt.visual
-        if ids is None or visual is None:
-            return ((),) * self.batch
-        text = self.layout.real & ~visual
-        return tuple(tuple(row[keep].tolist()) for row, keep in zip(ids, text, strict=True))
+            self._groups.close_up(self._gone)
+        return self._groups.open(first, self.rows, self.pruned)

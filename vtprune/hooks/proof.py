@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.budget import Geometry
-from vtprune.contract import AttentionView, Memory, Scorer, TokenView
+from vtprune.contract import AttentionView, Memory, Scorer, TokenView, TransitionView
 from vtprune.errors import SessionError, UnsupportedModelError
 from vtprune.hooks.families.base import Family, Parts, Prompt
 from vtprune.hooks.hiding import Hidden, hiding
 from vtprune.hooks.planner import Planner
 from vtprune.hooks.session import Session
 from vtprune.layout import ImageGrid
-from vtprune.plan import Plan, Stage
+from vtprune.plan import Plan, Site, Stage
 from vtprune.report import Kept
 
 __all__ = ["prove"]
@@ -171,13 +171,31 @@ class _Scattered(Scorer):
         """See `Scorer.observe`."""
         return self.inner.observe(view, memory)
 
+    @property
+    def reads_attention(self) -> bool:
+        """See `Scorer.reads_attention`."""
+        return self.inner.reads_attention
+
+    @property
+    def reads_transitions(self) -> bool:
+        """See `Scorer.reads_transitions`."""
+        return self.inner.reads_transitions
+
+    def watches(self, site: Site) -> range:
+        """See `Scorer.watches`."""
+        return self.inner.watches(site)
+
+    def observe_transition(self, view: TransitionView, memory: Memory) -> Memory:
+        """See `Scorer.observe_transition`."""
+        return self.inner.observe_transition(view, memory)
+
     def score(self, view: TokenView) -> Tensor:
         """[B, V] the same for every content.
 
         Raises:
             UnsupportedModelError: if the scorer was to see attention and saw none.
         """
-        if self.queries is not None and not view.memory:
+        if self.reads_attention and not view.memory:
             raise UnsupportedModelError(
                 f"{self.name} reads the decoder's attention, which this model does not compute through transformers' "
                 "attention interface. Use a method that reads none, such as divprune or uniform."
@@ -189,7 +207,7 @@ def _dry_plan(plan: Plan) -> Plan:
     """The sites of `plan`, each of which drops some tokens; a quarter is left in the end."""
 
     def scattered(scorer: Scorer) -> Scorer:
-        facts = {name: getattr(scorer, name) for name in ("name", "queries", "accumulates")}
+        facts = {name: getattr(scorer, name) for name in ("name", "queries", "accumulates", "ahead")}
         return type("DryCall", (_Scattered,), facts)(scorer)
 
     share = 0.75 / len(plan.stages)

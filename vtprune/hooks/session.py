@@ -6,7 +6,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,7 +25,8 @@ from vtprune.hooks.prefill import Prefill
 from vtprune.hooks.probe import attach_probe
 from vtprune.hooks.rows import Rows
 from vtprune.hooks.tower_hooks import TowerHooks
-from vtprune.hooks.validate import check_call, check_drafts, watched_blocks
+from vtprune.hooks.validate import asked_layers, check_call, check_drafts, watched_blocks, watched_transitions
+from vtprune.hooks.views import Seen
 from vtprune.plan import Plan
 from vtprune.report import Report
 
@@ -135,9 +136,14 @@ class Session:
         # every layer may differ from the text model's own input, in a cache that another plan pruned or by its mask
         for index, layer in enumerate(parts.layers):
             pre(layer, self._on_layer(index))
-        for block, scorers in watched_blocks(self.plan, "layer").items():
+        watched = watched_blocks(self.plan, "layer")
+        for block in sorted({*watched, *asked_layers(self.plan)}):
             module = self._family.attention(parts.layers[block])
-            self._undo.append(attach_probe(module, self._observer(block, scorers)))
+            self._undo.append(attach_probe(module, self._observer(block, watched.get(block, ()))))
+        for block, scorers in watched_transitions(self.plan).items():
+            layer = parts.layers[block]
+            post(self._family.attention(layer), self._on_sublayer(block, "attention", scorers))
+            post(self._family.mlp(layer), self._on_sublayer(block, "mlp", scorers))
         if self._tower is not None:
             self._tower.attach(pre, post, self._undo)
 
@@ -150,9 +156,22 @@ class Session:
 
         def observe(*states: Any) -> None:
             if isinstance(calls.decoder, Prefill):
-                calls.decoder.observe(block, scorers, *states)
+                calls.decoder.observe(block, scorers, Seen(*states))
 
         return observe
+
+    def _on_sublayer(
+        self, layer: int, part: Literal["attention", "mlp"], scorers: Sequence[Scorer]
+    ) -> Callable[..., None]:
+        calls = self._calls
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if isinstance(calls.decoder, Prefill) and output is not None:
+                after = output[0] if isinstance(output, tuple) else output
+                before = args[0] if args else kwargs["hidden_states"]
+                calls.decoder.observe_transition(layer, part, scorers, before, after)
+
+        return hook
 
     # root
 

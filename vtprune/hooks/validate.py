@@ -12,7 +12,15 @@ from vtprune.errors import InputError, PlanError, UnsupportedModelError
 from vtprune.hooks.families.base import Prompt
 from vtprune.plan import Plan, Stage
 
-__all__ = ["check_call", "check_counts", "check_drafts", "check_plan", "watched_blocks"]
+__all__ = [
+    "asked_layers",
+    "check_call",
+    "check_counts",
+    "check_drafts",
+    "check_plan",
+    "watched_blocks",
+    "watched_transitions",
+]
 
 
 def check_plan(plan: Plan, geometry: Geometry) -> None:
@@ -41,7 +49,7 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
                 f"{geometry.deepstack - 1} (DeepStack), which a merged token would miss. Merge at "
                 f"layer[{geometry.deepstack}] or later, or use a method that drops."
             )
-        if site.kind == "layer" and site.index >= geometry.layers:
+        if site.kind in ("restart", "layer") and site.index >= geometry.layers:
             raise PlanError(f"{site} is outside the decoder, which has layers 0 to {geometry.layers - 1}.")
         if site.kind == "vision":
             if geometry.vision is None:
@@ -54,27 +62,53 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
                 )
             if scorer.merges:
                 raise PlanError(f"{scorer.name} merges tokens, which {site} cannot; use it at 'input' or 'layer[k]'.")
-        if scorer.queries is not None and site.kind == "input":
+        if scorer.reads_attention and site.kind == "input":
             raise PlanError(f"{scorer.name} reads attention, which does not exist yet at 'input'; use 'layer[k]'.")
-        if scorer.queries in ("cls", "mean") and site.kind == "layer":
+        if scorer.queries in ("cls", "mean") and site.kind in ("restart", "layer"):
             raise PlanError(f"{scorer.name} reads the {scorer.queries!r} query of a tower; it cannot cut at {site}.")
-        if scorer.queries == "last" and site.kind == "vision":
-            raise PlanError(f"{scorer.name} reads the last prompt token; it cannot cut at {site}.")
+        if scorer.queries in ("last", "instruction") and site.kind == "vision":
+            raise PlanError(f"{scorer.name} reads the prompt; it cannot cut at {site}, where only images are known.")
+        if scorer.reads_transitions and site.kind != "layer":
+            raise PlanError(f"{scorer.name} reads what decoder layers do; it cannot cut at {site}, use 'layer[k]'.")
+        if site.kind == "restart" and not scorer.reads_attention:
+            raise PlanError(
+                f"{scorer.name} reads no attention, so there is nothing to ask layer {site.index} at {site}; use "
+                "'input' or 'layer[k]'."
+            )
 
 
 def watched_blocks(plan: Plan, kind: str) -> dict[int, list[Scorer]]:
     """Which scorers observe which blocks of the tower ("vision") or the decoder ("layer")."""
     watched: dict[int, list[Scorer]] = {}
     for stage in plan.at(kind):
-        if stage.scorer.queries is None:
+        if not stage.scorer.reads_attention or stage.scorer.ahead:
             continue
-        last = stage.site.index - (kind == "layer")
-        for block in range(0 if stage.scorer.accumulates else last, last + 1):
+        for block in stage.scorer.watches(stage.site):
             scorers = watched.setdefault(block, [])
             # stages of one method share one memory, so one of them observes each block
             if stage.scorer.name not in {s.name for s in scorers}:
                 scorers.append(stage.scorer)
     return watched
+
+
+def watched_transitions(plan: Plan) -> dict[int, list[Scorer]]:
+    """Which scorers observe what the sublayers of which decoder layers do."""
+    watched: dict[int, list[Scorer]] = {}
+    for stage in plan.at("layer"):
+        for block in stage.scorer.watches(stage.site) if stage.scorer.reads_transitions else ():
+            scorers = watched.setdefault(block, [])
+            if stage.scorer.name not in {s.name for s in scorers}:
+                scorers.append(stage.scorer)
+    return watched
+
+
+def asked_layers(plan: Plan) -> set[int]:
+    """Decoder layers that are asked about a cut before they run: by a restart, or by a scorer that looks ahead."""
+    return {
+        s.site.index
+        for s in plan.stages
+        if s.scorer.reads_attention and (s.site.kind == "restart" or (s.site.kind == "layer" and s.scorer.ahead))
+    }
 
 
 def check_counts(prompt: Prompt, tower_stages: Sequence[Stage]) -> None:
@@ -129,7 +163,14 @@ def check_drafts(plan: Plan, wanted: int) -> None:
     Raises:
         InputError: naming the methods that read the prompt.
     """
-    readers = sorted({s.scorer.name for s in plan.stages if s.scorer.queries == "last" or s.scorer.reads_prompt})
+    asks = ("last", "instruction")
+    readers = sorted(
+        {
+            s.scorer.name
+            for s in plan.stages
+            if s.scorer.reads_prompt or (s.scorer.reads_attention and s.scorer.queries in asks)
+        }
+    )
     if readers:
         raise InputError(
             f"logits_to_keep={wanted} on a prompt: assisted decoding sends draft tokens behind it, and "

@@ -33,15 +33,16 @@ def attention_rows(
 ) -> Tensor:
     """What the rows `query` attend to, in fp32 whatever the inputs' dtype.
 
-    There is no causal mask: the rows that methods read (the last prompt token, CLS, a mean query) see every key.
+    There is no causal mask: the rows that most methods read (the last prompt token, CLS, a mean query) see every key;
+    for others `real` says row by row what they see.
     Memory O(H R N); the keys of a group are shared by its query heads and never repeated.
 
     Args:
         query: [B, H, R, d] after RoPE.
         key: [B, Hkv, N, d] after RoPE; H is a multiple of Hkv.
         scaling: factor of the logits, usually d ** -0.5.
-        real: [B, N] bool, False at padding keys, which weigh exactly 0 whatever they hold (NaN too); None if all are
-            real. A sample without any real key gets all zeros.
+        real: [B, N] or [B, R, N] bool, False at keys that a row does not see (padding), which weigh exactly 0 whatever
+            they hold (NaN too); None if all are seen. A row without any gets all zeros.
         column: [B, V] int64 keys to read after the softmax; None reads all N.
         softcap: c, or None.
         impl: "auto", "torch" or "reference".
@@ -65,8 +66,11 @@ def _check(query: Tensor, key: Tensor, real: Tensor | None, column: Tensor | Non
     if query.shape[1] % key.shape[1]:
         raise ShapeError(f"query heads must be a multiple of key heads, got {query.shape[1]} and {key.shape[1]}.")
     batch, length = key.shape[0], key.shape[2]
-    if real is not None and (real.dtype != torch.bool or real.shape != (batch, length)):
-        raise ShapeError(f"real must be bool [{batch}, {length}], got {real.dtype} {list(real.shape)}.")
+    legal = ((batch, length), (batch, query.shape[2], length))
+    if real is not None and (real.dtype != torch.bool or tuple(real.shape) not in legal):
+        raise ShapeError(
+            f"real must be bool {list(legal[0])} or {list(legal[1])}, got {real.dtype} {list(real.shape)}."
+        )
     if column is not None and (column.dtype != torch.int64 or column.dim() != 2 or column.shape[0] != batch):
         raise ShapeError(f"column must be int64 [{batch}, V], got {column.dtype} {list(column.shape)}.")
 
@@ -84,10 +88,12 @@ def attention_rows_reference(
     group = heads // key.shape[1]
     samples = []
     for b in range(batch):
-        present = torch.ones(key.shape[2], dtype=torch.bool, device=key.device) if real is None else real[b]
-        keys = key[b].float()[:, present]
         means = []
         for r in range(rows):
+            present = torch.ones(key.shape[2], dtype=torch.bool, device=key.device)
+            if real is not None:
+                present = real[b] if real.dim() == 2 else real[b, r]
+            keys = key[b].float()[:, present]
             logits = torch.stack([scaling * (keys[h // group] @ query[b, h, r].float()) for h in range(heads)])
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
@@ -113,6 +119,9 @@ def _attention_rows_torch(
         weights = logits.softmax(3)
     else:
         absent = ~real[:, None, None, :]
+        if real.dim() == 3:
+            # rows lie group by group, as the queries do
+            absent = ~real[:, None].repeat(1, 1, heads // key_heads, 1)
         # a finite fill, because a row of -inf alone would give NaN; the second fill makes its zeros exact
         weights = logits.masked_fill(absent, torch.finfo(torch.float32).min).softmax(3).masked_fill(absent, 0.0)
     mean = weights.reshape(batch, heads, rows, length).mean(1)

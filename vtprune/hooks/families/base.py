@@ -162,6 +162,21 @@ class Family(ABC):
         """The attention module of a tower block or decoder layer."""
         return next(getattr(block, name) for name in ("self_attn", "attn", "attention") if hasattr(block, name))
 
+    def mlp(self, layer: nn.Module) -> nn.Module:
+        """The feed-forward module of a decoder layer.
+
+        Raises:
+            UnsupportedModelError: if it has none of a known name.
+        """
+        names = ("mlp", "feed_forward", "block_sparse_moe")
+        for name in names:
+            if hasattr(layer, name):
+                return getattr(layer, name)
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} has no feed-forward module named {', '.join(names)}. Use a method that does not "
+            "read what sublayers do, such as fastv."
+        )
+
     def modalities(self) -> tuple[Modality, ...]:
         """What the model sees; unless overridden images."""
         return (Modality("image", self.config.image_token_id, "pixel_values"),)

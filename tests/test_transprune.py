@@ -1,0 +1,259 @@
+"""TransPrune: golden numbers of the authors' function, the paper's schedule and cost, and its signals by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from family_models import CASES, LAYERS, Row
+from oracle import hidden_keys, masked
+from scorer_views import LLAVA
+from torch import Tensor
+
+import vtprune
+from vtprune.budget import Budget
+from vtprune.cost import image_macs, plan_cost
+from vtprune.errors import BudgetError, PlanError
+from vtprune.plan import Plan
+from vtprune.scorers.transprune import TransPrune, transition_variation
+
+NEXT = dataclasses.replace(LLAVA, visual_tokens=2880, entering=())
+
+
+def sines(shape: tuple[int, ...], a: float, b: float, c: float = 0.0) -> Tensor:
+    """sin(a row + b column + c), the generator of the golden inputs."""
+    row = torch.arange(math.prod(shape[:-1]), dtype=torch.float64)[:, None]
+    column = torch.arange(shape[-1], dtype=torch.float64)
+    return torch.sin(a * row + b * column + c).reshape(shape).float()
+
+
+BEFORE, AFTER = sines((1, 5, 6), 0.7, 1.3, 0.2), sines((1, 5, 6), 0.4, 0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("direction", "golden"),
+    [
+        ("signed", [0.16467859, 0.17625804, 0.18533681, 0.21583462, 0.27537450]),
+        ("absolute", [0.17744316, 0.18992017, 0.19970265, 0.23256443, 0.22103330]),
+    ],
+)
+def test_transitions_equal_the_authors_function(direction: Any, golden: list[float]) -> None:
+    found = transition_variation(BEFORE, AFTER, direction=direction)
+    torch.testing.assert_close(found, torch.tensor([golden]), rtol=1e-5, atol=0)
+
+
+def test_transitions_of_padding_are_not_read() -> None:
+    pad = torch.full((1, 2, 6), math.nan)
+    real = torch.tensor([[False] * 2 + [True] * 5])
+    found = transition_variation(torch.cat([pad, BEFORE], 1), torch.cat([pad, AFTER], 1), real)
+    torch.testing.assert_close(found[:, 2:], transition_variation(BEFORE, AFTER))
+    assert (found[:, :2] == 0).all()
+
+
+# schedule
+
+
+@pytest.mark.parametrize(
+    ("geometry", "final", "counts", "tera"),
+    [(LLAVA, 72, (504, 360, 72), 1.557178), (NEXT, 360, (2520, 1800, 360), 8.330320)],
+)
+def test_the_high_setting_costs_what_the_paper_says(
+    geometry: vtprune.Geometry, final: int, counts: tuple[int, ...], tera: float
+) -> None:
+    own = TransPrune().plan(geometry, Budget(None))
+    assert [str(s.site) for s in own.stages] == ["layer[7]", "layer[9]", "layer[12]"]
+    assert tuple(s.keep for s in own.stages) == counts
+    tokens = own.tokens_per_layer(geometry.entering, geometry.visual_tokens)
+    assert image_macs(geometry, tokens) / 1e12 == pytest.approx(tera, abs=5e-7)
+    # the solver, asked for as many tokens at the end, finds the same schedule
+    assert TransPrune().plan(geometry, Budget(final, "final")) == own
+
+
+@pytest.mark.parametrize(("entering", "tera"), [(288, 0.66), (192, 0.44)])
+def test_stacked_on_a_method_before_the_decoder_it_costs_what_the_paper_says(entering: int, tera: float) -> None:
+    behind = LLAVA.after(vtprune.Uniform().plan(LLAVA, Budget(entering)))
+    plan = TransPrune(ratios=(0.5, 0.25, 0.125)).plan(behind, Budget(None))
+    assert [s.keep for s in plan.stages] == [entering // 2, entering // 4, entering // 8]
+    tokens = plan.tokens_per_layer(behind.entering, 576)
+    assert image_macs(LLAVA, tokens) / 1e12 == pytest.approx(tera, abs=0.005)
+
+
+def test_other_budgets_keep_the_shares_of_what_is_dropped() -> None:
+    for budget in (Budget(300), Budget(0.6), Budget.make(flops=0.6)):
+        plan = TransPrune().plan(LLAVA, budget)
+        dropped = [576 - s.count(576) for s in plan.stages]
+        assert dropped[0] / dropped[2] == pytest.approx(1 / 7, abs=0.003)
+        assert dropped[1] / dropped[2] == pytest.approx(3 / 7, abs=0.003)
+    assert plan_cost(TransPrune().plan(LLAVA, Budget(300)), LLAVA, "average") == pytest.approx(300, abs=1)
+    # 1 token at the end: (7 x 576 + 2 x 493.9 + 3 x 329.6 + 20) / 32
+    with pytest.raises(BudgetError, match=r"transprune cannot reach 128 .* change the knob 'layers'") as error:
+        TransPrune().plan(LLAVA, Budget(128))
+    assert error.value.floor == pytest.approx((7 * 576 + 2 * 494 + 3 * 330 + 20) / 32, abs=0.1)
+
+
+def test_layers_scale_with_depth_and_can_be_set() -> None:
+    small = dataclasses.replace(LLAVA, layers=12, entering=())
+    assert [s.site.index for s in TransPrune().plan(small, Budget(0.7)).stages] == [3, 4, 5]
+    plan = TransPrune(layers=(2, 5, 10), since=0).plan(small, Budget(0.7))
+    assert [s.site.index for s in plan.stages] == [2, 5, 10]
+    assert [list(s.scorer.watches(s.site)) for s in plan.stages] == [list(range(n)) for n in (2, 5, 10)]
+    # the paper's: transitions of layers 6 to 11 (counted from 0)
+    stages = TransPrune().plan(LLAVA, Budget(None)).stages
+    assert [list(s.scorer.watches(s.site)) for s in stages] == [[6], [6, 7, 8], [6, 7, 8, 9, 10, 11]]
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_positions_are_the_papers_where_they_have_a_meaning() -> None:
+    assert {s.positions for s in TransPrune().plan(LLAVA, Budget(300)).stages} == {"compact"}
+    assert {s.positions for s in TransPrune(positions="keep").plan(LLAVA, Budget(300)).stages} == {"keep"}
+    for changes in ({"rotary_axes": 3}, {"windows": (4096,) * 32}):
+        geometry = dataclasses.replace(LLAVA, **changes)  # type: ignore[arg-type]
+        assert {s.positions for s in TransPrune().plan(geometry, Budget(300)).stages} == {"keep"}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"signals": "all"}, "signals must be 'both', 'ttv' or 'iga', got 'all'"),
+        ({"direction": "up"}, "direction must be 'signed' or 'absolute'"),
+        ({"positions": "shift"}, "positions must be 'keep', 'compact' or None"),
+        ({"alpha": 1.5}, r"alpha must be a number in \[0, 1\], got 1.5"),
+        ({"ratios": (0.5, 0.6, 0.1)}, "ratios must fall from below 1 to above 0"),
+        ({"ratios": (1.0, 0.5)}, "ratios must fall"),
+        ({"layers": (7, 9)}, "layers must be 3 increasing numbers"),
+        ({"layers": (0, 9, 12)}, "layers must be 3 increasing numbers"),
+        ({"since": -1}, "since must be a layer >= 0"),
+    ],
+)
+def test_bad_knobs(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        TransPrune(**knobs)
+
+
+def test_layers_beyond_the_model() -> None:
+    with pytest.raises(PlanError, match=r"needs 3 layers below 32 \(the decoder's\), got \(7, 9, 40\)"):
+        TransPrune(layers=(7, 9, 40)).plan(LLAVA, Budget(0.9))
+
+
+# signals, by hand
+
+
+def by_hand(case: Any, inputs: dict[str, Any], cut: int, since: int) -> list[tuple[Tensor, Tensor]]:
+    """For each sample (TTV, IGA) of its visual tokens, from an unpruned run in eager attention."""
+    model, calls = case.model("eager"), {}
+    text = model.model.language_model
+
+    def note(name: str) -> Any:
+        def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            calls[name] = before, output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for i in range(since, cut):
+        text.layers[i].self_attn.register_forward_hook(note(f"{i}a"), with_kwargs=True)
+        text.layers[i].mlp.register_forward_hook(note(f"{i}m"), with_kwargs=True)
+    attention = model(**inputs, output_attentions=True).attentions[cut]
+    visual, found = case.visual(inputs["input_ids"]), []
+    for b in range(len(visual)):
+        real, at = inputs["attention_mask"][b].bool(), visual[b].nonzero()[:, 0]
+        ttv = torch.zeros(len(real))
+        for before, after in calls.values():
+            x, y = before[b], after[b]
+            turn = (1 - torch.cosine_similarity(x, y, dim=-1)).exp()
+            ttv += y.norm(dim=-1) / x.norm(dim=-1) * turn / turn[real].sum()
+        rows = torch.arange(int(at[-1]) + 1, len(real))
+        found.append((ttv[at], attention[b].mean(0)[rows][:, at].mean(0)))
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
+@torch.no_grad()
+def test_scores_equal_the_formula_by_hand(name: str, attention: str) -> None:
+    case = CASES[name]
+    rows = (
+        Row((("image", case.sizes[0]),), 3, 5, 0),
+        Row((("image", case.sizes[1]), ("image", case.sizes[2])), 1, 9, 1),
+    )
+    inputs = case.batch(*rows)
+    scores = {}
+    for knobs in ({}, {"signals": "ttv"}, {"signals": "iga"}, {"alpha": 0.9}, {"normalise": False}, {"since": 0}):
+        method = TransPrune(layers=(2, 3), ratios=(0.6, 0.3), positions="keep", **knobs)  # type: ignore[arg-type]
+        model = case.model(attention)
+        with vtprune.prune(model, method, record_scores=True) as session:
+            model(**inputs)
+            scores[str(knobs)] = session.report.kept[0].scores
+    for b, (ttv, iga) in enumerate(by_hand(case, inputs, 2, 1)):
+        a, c = ttv / ttv.sum(), iga / iga.sum()
+        longer = by_hand(case, inputs, 2, 0)[b][0]
+        want = {
+            "{}": (a + c) / 2,
+            "{'signals': 'ttv'}": a,
+            "{'signals': 'iga'}": c,
+            "{'alpha': 0.9}": 0.9 * a + 0.1 * c,
+            "{'normalise': False}": (ttv + iga) / 2,
+            "{'since': 0}": (longer / longer.sum() + c) / 2,
+        }
+        for knobs, score in want.items():
+            said = functools.partial("{}: {}".format, knobs)
+            torch.testing.assert_close(scores[knobs][b], score, rtol=1e-4, atol=1e-6, msg=said)
+
+
+@torch.no_grad()
+def test_later_cuts_remember_transitions_and_ask_the_shortened_prompt() -> None:
+    """The second cut: transitions of all layers since, attention among the tokens that the first cut left."""
+    case = CASES["llava"]
+    inputs = case.batch(Row((("image", None),)))
+    model = case.model()
+    kept = {}
+    for name, ratios in (("both", (0.6, 0.3)), ("first", (0.6,))):
+        method = TransPrune(layers=(1, 3)[: len(ratios)], ratios=ratios, positions="keep")
+        with vtprune.prune(model, method, record_scores=True) as session:
+            model(**inputs)
+            kept[name] = session.report.kept
+    left = kept["first"][0].indices[0]
+    assert torch.equal(kept["both"][0].indices[0], left)
+    assert torch.equal(kept["both"][1].alive[0], left)
+    # hide what the first cut dropped from layer 1 on, and read the rest off the unpruned model
+    with vtprune.prune(model, TransPrune(layers=(1,), ratios=(0.6,), positions="keep")) as session:
+        model(**inputs)
+        report = session.report
+    eager = case.model("eager")
+    with masked(eager, hidden_keys(report, inputs["input_ids"], LAYERS)):
+        seen = by_hand_masked(case, eager, inputs, left)
+    torch.testing.assert_close(kept["both"][1].scores[0], seen, rtol=1e-4, atol=1e-6)
+
+
+def by_hand_masked(case: Any, model: Any, inputs: dict[str, Any], left: Tensor) -> Tensor:
+    """Score at layer 3 of the tokens `left` by a cut before layer 1; transitions since layer 0."""
+    calls = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output))
+
+    layers = model.model.language_model.layers
+    handles = [
+        m.register_forward_hook(note, with_kwargs=True) for i in range(3) for m in (layers[i].self_attn, layers[i].mlp)
+    ]
+    attention = model(**inputs, output_attentions=True).attentions[3][0].mean(0)
+    for handle in handles:
+        handle.remove()
+    at = case.visual(inputs["input_ids"])[0].nonzero()[:, 0]
+    gone = torch.ones(len(at), dtype=torch.bool)
+    gone[left] = False
+    ttv = torch.zeros(inputs["input_ids"].shape[1])
+    for number, (before, after) in enumerate(calls):
+        here = torch.ones(len(ttv), dtype=torch.bool)
+        if number >= 2:  # layers 1 and 2 run without what left
+            here[at[gone]] = False
+        x, y = before[0], after[0]
+        turn = (1 - torch.cosine_similarity(x, y, dim=-1)).exp()
+        ttv += y.norm(dim=-1) / x.norm(dim=-1) * turn / turn[here].sum()
+    rows = torch.arange(int(at[-1]) + 1, len(ttv))
+    a, c = ttv[at[left]], attention[rows][:, at[left]].mean(0)
+    return (a / a.sum() + c / c.sum()) / 2

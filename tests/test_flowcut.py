@@ -14,7 +14,8 @@ from vtprune.budget import Budget, VisionGeometry
 from vtprune.contract import Memory
 from vtprune.errors import BudgetError, PlanError, UnsupportedModelError
 from vtprune.plan import Plan
-from vtprune.scorers.flowcut import FlowCut, flowcut_drop_count, flowcut_score, flowcut_score_mean_query
+from vtprune.scorers.flowcut import FlowCut
+from vtprune.scorers.flowcut_signals import flowcut_drop_count, flowcut_score, flowcut_score_mean_query
 
 
 def sines(shape: tuple[int, ...], a: float, b: float, c: float = 0.0, base: float = 0.0) -> Tensor:

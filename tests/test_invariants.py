@@ -315,7 +315,7 @@ def test_exception_inside_a_forward_leaves_no_state() -> None:
 @torch.no_grad()
 def test_realised_budget_is_within_one_token(method: str, keep: float) -> None:
     model = llava()
-    if method == "fastv" and keep in (1, 3):
+    if method in ("fastv", "flowcut-text") and keep in (1, 3):
         with pytest.raises(vtprune.BudgetError, match=r"at least 4\.75") as caught:
             vtprune.prune(model, method, keep)
         assert caught.value.floor > keep + 1

@@ -330,3 +330,21 @@ def test_a_second_method_at_the_same_layer_needs_the_tower_alone() -> None:
     with pytest.raises(PlanError, match=r"got layer\[1\] \(fastv\) after layer\[1\] \(flowcut-text\)"):
         vtprune.prune(model, ["flowcut", "fastv"], [0.6, 0.4])
     vtprune.prune(model, [vtprune.FlowCut(text_cut=False), FlowCutText(positions="keep")], [0.6, 0.4]).remove()
+
+
+@torch.no_grad()
+def test_positions_close_up_whether_or_not_a_batch_mate_loses_tokens_there() -> None:
+    """The tower leaves the second prompt 16 tokens, and the text cut's 16 leave it as it is; the first loses one."""
+    case = CASES["llava_next"]
+    model, rows = case.model(), [Row((("image", size),), 3, 5, i) for i, size in enumerate(case.sizes[:2])]
+    inputs = case.batch(*rows)
+    with vtprune.prune(model, vtprune.FlowCut(tower_factor=1.02), 0.3) as session:
+        together, report = model(**inputs).logits, session.report
+        assert [tokens[:2] for tokens in report.tokens_per_layer] == [(27, 26), (16, 16)]
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        for b, row in enumerate(rows):
+            alone = case.batch(row)
+            logits = model(**alone).logits[0]
+            torch.testing.assert_close(together[b, -len(logits) :], logits, atol=1e-5, rtol=1e-5)
+            ids = model.generate(**alone, max_new_tokens=6, do_sample=False)
+            assert torch.equal(out[b, -6:], ids[0, -6:])

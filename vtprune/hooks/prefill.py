@@ -86,8 +86,8 @@ class Prefill:
             hidden = keep_tokens([hidden], self._drop())[0]
         for ordinal, stage in enumerate(self.stages):
             if stage.site.kind == "input":
-                index, hidden = self._stage(ordinal, hidden)
-                compact = compact or (index is not None and stage.positions == "compact")
+                _, hidden = self._stage(ordinal, hidden)
+                compact = compact or (self.pruned and stage.positions == "compact")
         group = self._open_group(0, compact)
         self.widths[0] = (0, self.rows.length, list(self.alive.counts))
         self._entered, self._entry_shift = self.rows, self._shift
@@ -131,8 +131,8 @@ class Prefill:
             for ordinal, stage in enumerate(self.stages):
                 if stage.site == Site("layer", index):
                     cut_index, hidden = self._stage(ordinal, hidden)
-                    compact = cut_index is not None and stage.positions == "compact"
-            if cut_index is not None or self._old is not None:
+                    compact = self.pruned and stage.positions == "compact"  # earlier gaps close without a cut here too
+            if cut_index is not None or compact or self._old is not None:
                 self._open_group(index, compact)
                 self.widths.append((index, self.rows.length, list(self.alive.counts)))
                 self._inputs = {}

@@ -12,7 +12,7 @@ import torch
 from models import IMAGE
 from torch import Tensor, nn
 
-from vtprune import Report
+from vtprune import Plan, Report
 
 
 def hidden_keys(report: Report, input_ids: Tensor, layers: int, visual: Tensor | None = None) -> list[Tensor]:
@@ -79,6 +79,36 @@ def masked(model: nn.Module, hidden: list[Tensor], features: Tensor | None = Non
         for handle in handles:
             with suppress(KeyError):
                 handle.remove()
+
+
+@contextmanager
+def renumbered(model: nn.Module, plan: Plan, hidden: list[Tensor]) -> Iterator[None]:
+    """Rotary angles of the sequence closed up at each stage with compact positions; nothing where no stage has them.
+
+    Args:
+        model: any with a decoder of plain rotary positions.
+        plan: says where.
+        hidden: [B, N] a layer, from `hidden_keys`.
+    """
+    root, handles = model.model, []
+    text = root.language_model if hasattr(root, "language_model") else root.text_model
+    for stage in plan.stages:
+        if stage.positions == "compact":
+            gone = hidden[stage.site.index]
+
+            def close(module: nn.Module, args: tuple, kwargs: dict, gone: Tensor = gone) -> tuple:
+                position = kwargs["position_ids"]
+                mine = gone.repeat_interleave(args[0].shape[0] // gone.shape[0], 0)
+                shift = mine.cumsum(1) if position.shape[1] == mine.shape[1] else mine.sum(1, keepdim=True)
+                return args, {**kwargs, "position_embeddings": text.rotary_emb(args[0], position_ids=position - shift)}
+
+            for layer in text.layers[stage.site.index :]:
+                handles.append(layer.register_forward_pre_hook(close, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def tower_hidden(report: Report, blocks: int) -> list[list[Tensor]]:

@@ -114,7 +114,49 @@ def test_batch_equals_each_sample_alone(case: Case, method: str, keep: Any) -> N
                     assert torch.equal(mine.indices[0], all_rows.indices[b])
 
 
-@pytest.mark.parametrize("method", ["uniform", "fastv"])
+# a pass that is broken off, sublayers that are watched, layers that are asked: everything that reads a decoder
+ASKING = [
+    vtprune.GemFilter(layer=1, positions="keep"),
+    vtprune.TransPrune(layers=(1, 2, 3), positions="keep"),
+]
+NAMED: dict[str, Any] = {"gemfilter": ASKING[0], "transprune": ASKING[1]}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_layers_that_are_asked_equal_masked_oracle(case: Case, attention: str) -> None:
+    model, inputs = case.model(attention), case.batch(*ragged(case))
+    with vtprune.prune(model, ASKING, [0.75, 0.45]) as session:
+        logits, out, report = model(**inputs).logits, model.generate(**inputs, **GREEDY), session.report
+    assert [str(record.site) for record in report.kept] == ["restart[1]", "layer[1]", "layer[2]", "layer[3]"]
+    hidden = hidden_keys(report, inputs["input_ids"], LAYERS, case.visual(inputs["input_ids"]))
+    with masked(model, hidden):
+        want, ref = model(**inputs).logits, model.generate(**inputs, **GREEDY)
+    seen = inputs["attention_mask"].bool() & ~hidden[-1]
+    torch.testing.assert_close(logits[seen], want[seen], **EXACT)
+    assert torch.equal(out.sequences, ref.sequences)
+    for got, wanted in zip(out.scores, ref.scores, strict=True):
+        torch.testing.assert_close(got, wanted, **EXACT)
+
+
+@torch.no_grad()
+def test_layers_that_are_asked_know_no_batch_mates(case: Case) -> None:
+    model, rows = case.model(), ragged(case)
+    inputs = case.batch(*rows)
+    width = inputs["input_ids"].shape[1]
+    with vtprune.prune(model, ASKING, [0.75, 0.45]) as session:
+        together = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        kept = session.report.kept
+        for b, row in enumerate(rows):
+            alone = case.batch(row)
+            ids = model.generate(**alone, max_new_tokens=8, do_sample=False)
+            assert torch.equal(ids[0, alone["input_ids"].shape[1] :], together[b, width:])
+            if row.media:
+                for mine, all_rows in zip(session.report.kept, kept, strict=True):
+                    assert torch.equal(mine.indices[0], all_rows.indices[b])
+
+
+@pytest.mark.parametrize("method", ["uniform", "fastv", "gemfilter"])
 @torch.no_grad()
 def test_beams_equal_masked_oracle(case: Case, method: str) -> None:
     rows = ragged(case)
@@ -122,7 +164,7 @@ def test_beams_equal_masked_oracle(case: Case, method: str) -> None:
         rows = (rows[0], rows[2], Row(rows[0].media, 6, 2, 3))
     model, inputs = case.model(), case.batch(*rows)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, "do_sample": False}
-    with vtprune.prune(model, method, 0.5) as session:
+    with vtprune.prune(model, NAMED.get(method, method), 0.5) as session:
         out = model.generate(**inputs, **beams)
         report = session.report
     wide = inputs["input_ids"].repeat_interleave(3, 0)
@@ -261,7 +303,8 @@ def turns_equal_masked_oracle(case: Case, method: str, **how: Any) -> None:
     model = case.model()
     text = {"input_ids": torch.randint(3, 90, (1, 4), generator=torch.Generator().manual_seed(5))}
     turns = [case.batch(*one(case)), text, case.batch(Row((("image", case.sizes[1]),), 2, 3, 20))]
-    with vtprune.prune(model, method, 0.5) as session:
+    keep = 0.7 if method == "transprune" else 0.5
+    with vtprune.prune(model, NAMED.get(method, method), keep) as session:
         out, reports = converse(case, model, turns, session, **how)
     assert len(reports) == 2
     hidden = [torch.zeros_like(out, dtype=torch.bool) for _ in range(LAYERS)]
@@ -275,7 +318,7 @@ def turns_equal_masked_oracle(case: Case, method: str, **how: Any) -> None:
         assert torch.equal(out, converse(case, model, turns, **how)[0])
 
 
-@pytest.mark.parametrize("method", ["uniform", "fastv"])
+@pytest.mark.parametrize("method", ["uniform", "fastv", "gemfilter", "transprune"])
 @torch.no_grad()
 def test_turns_over_one_cache_equal_masked_oracle(case: Case, method: str) -> None:
     turns_equal_masked_oracle(case, method)

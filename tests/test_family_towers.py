@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from family_models import CASES, HOST_ENCODES_FIRST, LAYERS, Case, Row
-from oracle import hidden_keys, masked
+from oracle import hidden_keys, masked, renumbered
 from torch import Tensor
 from tower_cases import NAMES, blocks_of, one_picture_each, ragged
 from tower_oracle import gone, tower_masked, tower_of
@@ -43,15 +43,18 @@ UNEVEN = vtprune.Plan(
         vtprune.Stage(vtprune.Site("vision", 2), vtprune.Random(), 0.3),
     )
 )
+TOWER = vtprune.FlowCut(text_cut=False)
 METHODS = [
+    # with the cut in the decoder where the family has it, and on every family
     ("flowcut", 0.4, "sdpa"),
-    ("flowcut", 0.4, "eager"),
-    (["flowcut", "fastv"], [0.6, 0.4], "sdpa"),
+    (vtprune.FlowCut(text_cut=True), 0.4, "eager"),
+    (TOWER, 0.4, "eager"),
+    ([TOWER, "fastv"], [0.6, 0.4], "sdpa"),
     (cuts((0, 0.7), (2, 0.3)), None, "sdpa"),
     (UNEVEN, None, "sdpa"),
     (UNEVEN, None, "eager"),
 ]
-IDS = ["flowcut", "flowcut-eager", "flowcut+fastv", "two cuts", "uneven", "uneven-eager"]
+IDS = ["flowcut", "flowcut-text-eager", "tower-eager", "tower+fastv", "two cuts", "uneven", "uneven-eager"]
 
 
 @pytest.fixture(params=NAMES)
@@ -70,7 +73,7 @@ def check_oracle(case: Case, rows: tuple[Row, ...], method: Any, keep: Any, atte
     blocks, lead = blocks_of(case)
     hidden = hidden_keys(report, inputs["input_ids"], LAYERS, case.visual(inputs["input_ids"]))
     lost = gone(case, rows, report, blocks)
-    with tower_masked(model, lost, lead), masked(model, hidden):
+    with tower_masked(model, lost, lead), masked(model, hidden), renumbered(model, session.plan, hidden):
         want, ref = model(**inputs).logits, model.generate(**inputs, **GREEDY)
     seen = inputs["attention_mask"].bool() & ~hidden[-1]
     torch.testing.assert_close(logits[seen], want[seen], **EXACT)
@@ -78,7 +81,7 @@ def check_oracle(case: Case, rows: tuple[Row, ...], method: Any, keep: Any, atte
     for got, wanted in zip(out.scores, ref.scores, strict=True):
         torch.testing.assert_close(got, wanted, **EXACT)
 
-    with masked(model, hidden):
+    with masked(model, hidden), renumbered(model, session.plan, hidden):
         off = (model(**inputs).logits[seen] - logits[seen]).abs().max()
     assert off > 1e-3, "the oracle must notice when nothing is hidden in the tower"
 
@@ -132,7 +135,10 @@ def test_neighbours_in_a_prompt_change_nothing(case: Case) -> None:
         both = session.report
         model(**lone)
         start = both.visual_tokens[0] - session.report.visual_tokens[0]
+        # the cut in the decoder reads the prompt, and with it the neighbours
         for alone, beside in zip(session.report.kept, both.kept, strict=True):
+            if alone.site.kind != "vision":
+                continue
             mine = beside.indices[0][beside.indices[0] >= start] - start
             assert torch.equal(mine, alone.indices[0])
 
@@ -155,7 +161,8 @@ def test_beams_equal_masked_tower(case: Case) -> None:
     if not HOST_ENCODES_FIRST:
         lost = gone(case, tuple(row for row in rows for _ in range(3)), report, blocks)
     wide = inputs["input_ids"].repeat_interleave(3, 0)
-    with tower_masked(model, lost, lead), masked(model, hidden_keys(report, wide, LAYERS, case.visual(wide))):
+    hidden = hidden_keys(report, wide, LAYERS, case.visual(wide))
+    with tower_masked(model, lost, lead), masked(model, hidden), renumbered(model, session.plan, hidden):
         assert torch.equal(out, model.generate(**inputs, **beams))
 
 
@@ -179,7 +186,8 @@ def test_gradients_equal_masked_tower(case: Case) -> None:
         report = session.report
     blocks, lead = blocks_of(case)
     hidden = hidden_keys(report, inputs["input_ids"], LAYERS, case.visual(inputs["input_ids"]))
-    with tower_masked(model, gone(case, rows, report, blocks), lead), masked(model, hidden):
+    lost = gone(case, rows, report, blocks)
+    with tower_masked(model, lost, lead), masked(model, hidden), renumbered(model, session.plan, hidden):
         want, reference = step()
     torch.testing.assert_close(loss, want, **EXACT)
     assert len(got) == len(reference) > 0

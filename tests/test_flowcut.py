@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from vtprune.budget import Budget, VisionGeometry
 from vtprune.contract import Memory
 from vtprune.errors import BudgetError, PlanError, UnsupportedModelError
 from vtprune.plan import Plan
-from vtprune.scorers.flowcut import FlowCut, flowcut_drop_count, flowcut_score, flowcut_score_mean_query
+from vtprune.scorers.flowcut import FlowCut
+from vtprune.scorers.flowcut_signals import (
+    flowcut_drop_count,
+    flowcut_score,
+    flowcut_score_mean_query,
+    flowcut_values,
+)
 
 
 def sines(shape: tuple[int, ...], a: float, b: float, c: float = 0.0, base: float = 0.0) -> Tensor:
@@ -183,6 +190,61 @@ def test_observe_equals_the_formula(has_cls: bool, semantic: bool | None) -> Non
         torch.testing.assert_close(memory["attention" if has_cls else "mean_attention"][b, : SAMPLES[b].total], a)
 
 
+@pytest.mark.parametrize("semantic_softmax", ["code", "paper"])
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_semantic_softmax_of_code_and_paper(has_cls: bool, semantic_softmax: Literal["code", "paper"]) -> None:
+    """The paper's is scaled and over patches only; the code's has no scale and includes CLS."""
+    view = attention_view(SAMPLES, block=0, has_cls=has_cls)
+    scorer = FlowCut(semantic=True, semantic_softmax=semantic_softmax)
+    got = scorer.observe(view, {})["cumulative"]
+    for b, (a, s, v) in enumerate(signals(has_cls)):
+        n = SAMPLES[b].total
+        if semantic_softmax == "paper":
+            patches = view.value[b][:, view.column[b, :n]]
+            products = [patches[h] @ view.query_value[b, h, 0] / 8**0.5 for h in range(2)]
+            s = torch.stack([row.softmax(0) for row in products]).mean(0)
+        torch.testing.assert_close(got[b, :n], (a / a.sum() + s / s.sum()) * v.abs().sum(1))
+        assert (got[b, n:] == 0).all()
+    other = FlowCut(semantic=True, semantic_softmax="code" if semantic_softmax == "paper" else "paper")
+    assert not torch.allclose(got, other.observe(view, {})["cumulative"], rtol=1e-4, atol=0)
+
+
+def test_semantics_of_the_paper_survive_a_cls_token_that_outweighs_all() -> None:
+    """A CLS value of great norm leaves nothing to the patches in the code's softmax."""
+    view = attention_view(SAMPLES[:1], block=0, has_cls=True)
+    value = view.value.clone()
+    value[:, :, 0] = 60.0 * value[:, :, 1]
+    view = dataclasses.replace(view, value=value, query_value=value[:, :, :1])
+
+    def share(semantic: bool, softmax: Literal["code", "paper"]) -> Tensor:
+        return FlowCut(semantic=semantic, semantic_softmax=softmax).observe(view, {})["cumulative"]
+
+    assert torch.equal(share(True, "code"), share(False, "code"))
+    assert not torch.equal(share(True, "paper"), share(False, "paper"))
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_value_norm_over_all_heads(has_cls: bool) -> None:
+    view = attention_view(SAMPLES, block=0, has_cls=has_cls)
+    mean, every = (FlowCut(value_norm=n).observe(view, {})["cumulative"] for n in ("head_mean", "all_heads"))
+    for b, sample in enumerate(SAMPLES):
+        values = view.value[b][:, view.column[b, : sample.total]]
+        ratio = values.abs().sum((0, 2)) / values.mean(0).abs().sum(1)
+        torch.testing.assert_close(every[b, : sample.total], mean[b, : sample.total] * ratio)
+        # opposite signs cancel only in the mean
+        assert (ratio > 2.0 - 1e-6).all()
+        assert ratio.max() > 2.1
+
+
+def test_values_of_opposite_heads_cancel_only_in_their_mean() -> None:
+    value = torch.tensor([[[[1.0, -2.0], [4.0, 0.0]], [[-1.0, 2.0], [2.0, 1.0]]]])
+    column = torch.tensor([[1, 0]])
+    assert flowcut_values(value, column, "head_mean").abs().sum(2).tolist() == [[3.5, 0.0]]
+    assert flowcut_values(value, column, "all_heads").abs().sum(2).tolist() == [[7.0, 6.0]]
+    half = flowcut_values(value.half(), column, "all_heads")
+    assert half.dtype == torch.float32
+
+
 @pytest.mark.parametrize("history", [0.0, 0.5, 0.9, 1.0])
 def test_running_score_is_a_momentum(history: float) -> None:
     memory: Memory = {}
@@ -224,6 +286,13 @@ def test_adaptive_count_does_not_depend_on_batch_mates() -> None:
         ({"history": "half"}, r"history must be a number in \[0, 1\], got 'half'"),
         ({"every": 0}, r"every must be an int >= 1, got 0"),
         ({"semantic": 1}, r"semantic must be True, False or None, got 1"),
+        ({"semantic_softmax": "both"}, r"semantic_softmax must be 'code' or 'paper', got 'both'"),
+        ({"value_norm": "l2"}, r"value_norm must be 'head_mean' or 'all_heads', got 'l2'"),
+        ({"text_cut": "yes"}, r"text_cut must be True, False or None, got 'yes'"),
+        ({"tower_factor": 0.5}, r"tower_factor must be a number >= 1, got 0.5"),
+        ({"tower_factor": math.inf}, r"tower_factor must be a number >= 1, got inf"),
+        ({"tower_factor": math.nan}, r"tower_factor must be a number >= 1, got nan"),
+        ({"tower_factor": True}, r"tower_factor must be a number >= 1, got True"),
         ({"remaining": -2}, r"remaining must be an int >= 0, got -2"),
     ],
 )

@@ -311,7 +311,7 @@ def test_exception_inside_a_forward_leaves_no_state() -> None:
 
 
 # (K V + L - K) / L of fastv, (r V + L) / L of gemfilter, and three cuts before layers 1, 2 and 3 of transprune
-FLOORS = {"fastv": 4.75, "gemfilter": 9, "transprune": (16 + 14 + 10 + 1) / 4}
+FLOORS = {"fastv": 4.75, "flowcut-text": 4.75, "gemfilter": 9, "transprune": (16 + 14 + 10 + 1) / 4}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -133,3 +133,21 @@ def test_departure_marks_survive_half_precision() -> None:
         left = read_departures(features, torch.ones(2, 40, dtype=torch.bool))
         assert left[0].tolist() == [0, 0, 0, *range(1, 38)]
         assert not left[1].any()
+
+
+@torch.no_grad()
+def test_gaps_of_the_tower_close_whether_or_not_a_batch_mate_loses_tokens_at_the_input() -> None:
+    """Compact positions before the decoder, where only the prompt of two images loses another token: 10 to 9."""
+    cut, close = vtprune.Site("vision", 2), vtprune.Site("input")
+    stages = (
+        vtprune.Stage(cut, vtprune.Random(), 0.3),
+        vtprune.Stage(close, vtprune.Uniform(), 0.285, positions="compact"),
+    )
+    model, rows = llava(), (Row(1, 3, 5, 0), Row(2, 1, 4, 1))
+    with vtprune.prune(model, vtprune.Plan(stages)) as session:
+        together = model(**batch(*rows)).logits
+        assert [tokens[0] for tokens in session.report.tokens_per_layer] == [5, 9]
+        assert [len(kept) for kept in session.report.kept[0].indices] == [5, 10]
+        for b, row in enumerate(rows):
+            alone = model(**batch(row)).logits[0]
+            torch.testing.assert_close(together[b, -len(alone) :], alone, atol=1e-5, rtol=1e-5)

@@ -75,13 +75,13 @@ def test_encoded_videos_are_known_if_encoded_under_the_session() -> None:
 @torch.no_grad()
 def test_the_cls_tokens_of_frames_stay_whatever_their_tower_drops() -> None:
     model, inputs = CASE.model(), CASE.batch(Row((("video", 2), ("video", 2)), 3, 5, 0))
-    with vtprune.prune(model, "flowcut", 0.3) as session:
+    with vtprune.prune(model, vtprune.FlowCut(text_cut=False), 0.3) as session:
         model(**inputs)
         report = session.report
     assert {0, 17, 34, 51} < set(report.kept[-1].indices[0].tolist())
     assert report.average_tokens == pytest.approx((0.3 * 68,), abs=1)
     with (
-        vtprune.prune(model, "flowcut", 0.03),
+        vtprune.prune(model, vtprune.FlowCut(text_cut=False), 0.03),
         pytest.raises(vtprune.BudgetError, match=r"its 2 newline or CLS tokens"),
     ):
         model(**inputs)

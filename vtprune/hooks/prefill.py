@@ -99,8 +99,8 @@ class Prefill:
             if stage.site.kind in ("input", "restart"):
                 if stage.site.kind == "restart" and self._cuts(ordinal):
                     self._ask_pass(stage, self._enter(hidden, arguments, compact))
-                index, hidden = self._stage(ordinal, hidden)
-                compact = compact or (index is not None and stage.positions == "compact")
+                _, hidden = self._stage(ordinal, hidden)
+                compact = compact or (self.pruned and stage.positions == "compact")
         return self._enter(hidden, arguments, compact)
 
     def _enter(self, hidden: Tensor, arguments: dict[str, Any], compact: bool) -> dict[str, Any]:
@@ -132,8 +132,8 @@ class Prefill:
                     if stage.scorer.ahead and stage.scorer.reads_attention and self._cuts(ordinal):
                         self._ask_layer(stage, hidden, arguments)
                     cut_index, hidden = self._stage(ordinal, hidden)
-                    compact = cut_index is not None and stage.positions == "compact"
-            if cut_index is not None or self._groups.old is not None:
+                    compact = self.pruned and stage.positions == "compact"  # also closes gaps of earlier stages
+            if cut_index is not None or compact or self._groups.old is not None:
                 self._open_group(index, compact)
                 self.widths.append((index, self.rows.length, list(self.alive.counts)))
                 self._inputs = {}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from vtprune.budget import Budget, Geometry, solve
@@ -15,79 +14,19 @@ from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, To
 from vtprune.errors import PlanError, UnsupportedModelError
 from vtprune.kernels.attention_rows import attention_rows
 from vtprune.plan import Plan, Site, Stage
+from vtprune.scorers.flowcut_signals import (
+    ValueNorm,
+    flowcut_drop_count,
+    flowcut_score,
+    flowcut_score_mean_query,
+    flowcut_values,
+)
+from vtprune.scorers.flowcut_text import FlowCutText
 
-__all__ = ["FlowCut", "flowcut_drop_count", "flowcut_score", "flowcut_score_mean_query"]
+__all__ = ["FlowCut"]
 
 # what the authors' code for towers without CLS adds inside the logarithm of the entropy
 _LOG_EPSILON = 1e-7
-
-
-def flowcut_score(
-    cls_attention: Tensor, semantic_attention: Tensor | None, value: Tensor, valid: Tensor | None = None
-) -> Tensor:
-    """Importance of each patch in one block: (a_j / sum a + s_j / sum s) * ||v_j||_1.
-
-    Args:
-        cls_attention: [B, V] attention a of the CLS row to the patches, mean over heads.
-        semantic_attention: [B, V] softmax s of value-value products with CLS, mean over heads; None leaves it out.
-        value: [B, V, d] values v, averaged over the heads first (so signs may cancel, as in the authors' code).
-        valid: [B, V] patches that count; None is all.
-
-    Returns:
-        [B, V] fp32, higher is kept; 0 where not valid.
-    """
-    share = _shares(cls_attention, valid)
-    if semantic_attention is not None:
-        share = share + _shares(semantic_attention, valid)
-    return flowcut_score_mean_query(share, value, valid)
-
-
-def flowcut_score_mean_query(attention: Tensor, value: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The same for a tower without CLS: A_j * ||v_j||_1, A the attention of the mean query.
-
-    Args:
-        attention: [B, V].
-        value: [B, V, d] averaged over the heads first.
-        valid: [B, V] patches that count; None is all.
-
-    Returns:
-        [B, V] fp32, higher is kept; 0 where not valid.
-    """
-    score = attention.float() * value.float().abs().sum(-1)
-    return score if valid is None else score.masked_fill(~valid, 0.0)
-
-
-def flowcut_drop_count(
-    attention: Tensor, remaining: int, target: Tensor | int, valid: Tensor | None = None, *, epsilon: float = 0.0
-) -> Tensor:
-    """How many patches to drop now: round((N - T) / sqrt(L) * (1 - e^2)), e the relative entropy of the attention.
-
-    e = H / ln N is near 1 while the attention is spread out (early blocks: drop little) and falls as it concentrates.
-
-    Args:
-        attention: [B, V] attention to the patches, normalised here.
-        remaining: L >= 1, blocks between this one and the last cut.
-        target: T, patches that must be left in the end, an int or [B].
-        valid: [B, V] patches that count, N of them a row; None is all.
-        epsilon: added inside the logarithm.
-
-    Returns:
-        [B] int64 count P >= 0 (round half to even; 0 where N < 2). N - P may fall below T: the caller holds it there.
-    """
-    share = _shares(attention, valid)
-    patches = torch.full_like(share[:, 0], share.shape[1]) if valid is None else valid.sum(1).float()
-    # xlogy gives 0 ln 0 = 0, so that padding and patches without attention add nothing
-    entropy = -torch.xlogy(share, share + epsilon).sum(1)
-    relative = entropy / patches.clamp(min=2.0).log()
-    drop = (patches - target) / math.sqrt(remaining) * (1.0 - relative.square())
-    return drop.round().clamp(min=0.0).masked_fill(patches < 2, 0.0).long()
-
-
-def _shares(weights: Tensor, valid: Tensor | None) -> Tensor:
-    """[B, V] fp32 `weights` scaled to sum to 1 over the valid patches, 0 elsewhere; all 0 if their sum is 0."""
-    weights = weights.float() if valid is None else weights.float().masked_fill(~valid, 0.0)
-    total = weights.sum(1, keepdim=True)
-    return weights / total.where(total > 0, 1.0)
 
 
 @METHODS.register("flowcut")
@@ -98,22 +37,30 @@ class FlowCut(Scorer):
     Paper: FlowCut, arXiv 2505.19536. Each block scores its patches by the attention CLS pays them, by how
     close their value is to CLS's, and by the norm of their value (`flowcut_score`); the scores run along the blocks as
     C <- history C + (1 - history) score. How many go at an early cut follows from the entropy of the CLS attention
-    (`flowcut_drop_count`); the last cut goes to the budget exactly, so every decoder layer sees the budget.
+    (`flowcut_drop_count`); the last cut goes to the target exactly.
     Towers without CLS use the mean of the queries instead (`flowcut_score_mean_query`).
+    Where images have many tokens (`text_cut`) the tower stops at `tower_factor` times the target, and a text-aware cut
+    early in the decoder (`FlowCutText`) goes to the target.
 
-    Where paper and code differ this follows the code: the semantic softmax is not scaled and includes CLS, values are
-    averaged over heads before their norm, the drop is a count and not a ratio.
-    Differs from the code: counts are taken per image and not as the maximum over the batch; where the steps would start
-    at block 0, which has no history, that cut is left out; the last cut comes before the feature block also in towers
-    whose last block is the feature block (the code cuts after it); there is no second cut inside the decoder (compose
-    with another method); patches of a padded batch never count.
+    Where paper and code differ this follows the code unless a knob says "paper"; the drop is a count and not a ratio.
+    Differs from the code: counts are taken per image and per crop, and not as the maximum over the batch (LLaVA-NeXT's
+    crops are one batch there), so that no batch mate changes what is kept; where the steps would start at block 0,
+    which has no history, that cut is left out; the last cut comes before the feature block also in towers whose last
+    block is the feature block (the code cuts after it); patches of a padded batch never count; where a tower merges
+    patches, whole merge cells leave and keep their true positions.
     Cost: two attention rows a block.
 
     Attributes:
         history: weight of the earlier blocks in the running score, in [0, 1].
         every: blocks from one cut to the next, counted back from the last cut.
         semantic: use the semantic term; None follows the code, which has it only with CLS. With True, a tower without
-            CLS uses the mean value, scaled by d ** -0.5 as the paper writes.
+            CLS uses the mean value, always scaled by d ** -0.5.
+        semantic_softmax: of CLS's value with the others: "code" has no scale and includes CLS, "paper" is scaled by
+            d ** -0.5 and over patches only.
+        value_norm: "head_mean" (the code's) or "all_heads" (the paper's), see `flowcut_values`.
+        text_cut: also cut in the decoder; None does so where the family's images differ in size (crops, tiles, native
+            resolution), as the paper does for LLaVA-NeXT and Qwen2-VL.
+        tower_factor: what the tower keeps with the text cut, in units of the decoder's target; >= 1, the paper's is 2.
         remaining: blocks between this stage's cut and the last one. `plan` sets it; leave it alone.
 
     Raises:
@@ -128,16 +75,27 @@ class FlowCut(Scorer):
     history: float = 0.5
     every: int = 2
     semantic: bool | None = None
+    semantic_softmax: Literal["code", "paper"] = "code"
+    value_norm: ValueNorm = "head_mean"
+    text_cut: bool | None = None
+    tower_factor: float = 2.0
     remaining: int = 0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.history, (int, float)) and not isinstance(self.history, bool)
-        if not number or not 0.0 <= self.history <= 1.0:
+        if not _is_number(self.history) or not 0.0 <= self.history <= 1.0:
             raise PlanError(f"flowcut history must be a number in [0, 1], got {self.history!r}. The paper uses 0.5.")
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise PlanError(f"flowcut every must be an int >= 1, got {self.every!r}. The paper uses 2.")
-        if self.semantic is not None and not isinstance(self.semantic, bool):
-            raise PlanError(f"flowcut semantic must be True, False or None, got {self.semantic!r}.")
+        for knob in ("semantic", "text_cut"):
+            value = getattr(self, knob)
+            if value is not None and not isinstance(value, bool):
+                raise PlanError(f"flowcut {knob} must be True, False or None, got {value!r}.")
+        if self.semantic_softmax not in ("code", "paper"):
+            raise PlanError(f"flowcut semantic_softmax must be 'code' or 'paper', got {self.semantic_softmax!r}.")
+        if self.value_norm not in ("head_mean", "all_heads"):
+            raise PlanError(f"flowcut value_norm must be 'head_mean' or 'all_heads', got {self.value_norm!r}.")
+        if not _is_number(self.tower_factor) or not 1.0 <= self.tower_factor < math.inf:
+            raise PlanError(f"flowcut tower_factor must be a number >= 1, got {self.tower_factor!r}. The paper uses 2.")
         if isinstance(self.remaining, bool) or not isinstance(self.remaining, int) or self.remaining < 0:
             raise PlanError(f"flowcut remaining must be an int >= 0, got {self.remaining!r}. Leave it to the plan.")
 
@@ -151,11 +109,8 @@ class FlowCut(Scorer):
         attention = attention_rows(view.query, view.key, view.scaling, real=view.real, column=view.column)[:, 0]
         semantics = None
         if self.semantic or (self.semantic is None and view.has_cls):
-            scaling = 1.0 if view.has_cls else view.scaling
-            rows = attention_rows(view.query_value, view.value, scaling, real=view.real, column=view.column)
-            semantics = rows[:, 0]
-        mean = view.value.mean(1, dtype=torch.float32)
-        value = mean.gather(1, view.column[:, :, None].expand(-1, -1, mean.shape[2]))
+            semantics = self._semantics(view)
+        value = flowcut_values(view.value, view.column, self.value_norm)
         if view.has_cls or semantics is not None:
             score = flowcut_score(attention, semantics, value, view.valid)
         else:
@@ -164,6 +119,13 @@ class FlowCut(Scorer):
         if before is not None:
             score = self.history * before + (1.0 - self.history) * score
         return {"cumulative": score, "attention" if view.has_cls else "mean_attention": attention}
+
+    def _semantics(self, view: AttentionView) -> Tensor:
+        """[B, V] softmax of the products of each value with that of the query row, mean over heads."""
+        if self.semantic_softmax == "paper":
+            return attention_rows(view.query_value, view.visual(view.value), view.scaling, real=view.valid)[:, 0]
+        scaling = 1.0 if view.has_cls else view.scaling
+        return attention_rows(view.query_value, view.value, scaling, real=view.real, column=view.column)[:, 0]
 
     def score(self, view: TokenView) -> Tensor:
         """[B, V] running score, fp32, not negative."""
@@ -184,12 +146,14 @@ class FlowCut(Scorer):
         return (patches - drop).maximum(view.keep).minimum(patches)
 
     def plan(self, geometry: Geometry, budget: Budget) -> Plan:
-        """Adaptive cuts every `every` blocks, then one to the budget just before the feature block.
+        """Adaptive cuts every `every` blocks, one to the tower's target before the feature block, and the text cut.
 
-        A fraction stays a fraction in the stages, so that every image of a prompt gives up the same share.
+        A fraction stays a fraction in the stages, so that every image of a prompt gives up the same share. With the
+        text cut the target T solves the budget: the layers before it see `tower_factor` T, the others T.
 
         Raises:
             BudgetError: if the budget is missing or out of reach.
+            PlanError: if the decoder has no layer for the text cut.
             UnsupportedModelError: if the family gives no access to a vision tower with a block to cut after.
         """
         tower = geometry.vision
@@ -199,18 +163,54 @@ class FlowCut(Scorer):
                 "before its features. Use a method that cuts later, such as divprune or fastv."
             )
         last = tower.feature_block - 1
+        text_cut = geometry.dynamic if self.text_cut is None else self.text_cut
+        factor = self.tower_factor if text_cut else 1.0
+        text = FlowCutText(value_norm=self.value_norm)
 
         def build(keep: int | float) -> Plan:
+            first = _times(factor, keep, geometry.visual_tokens)
             stages = [
-                Stage(Site("vision", last - left), dataclasses.replace(self, remaining=left), keep, adaptive=left > 0)
+                Stage(Site("vision", last - left), dataclasses.replace(self, remaining=left), first, adaptive=left > 0)
                 for left in range(0, last + 1, self.every)
                 if left == 0 or left < last
             ]
-            return Plan(tuple(reversed(stages)))
+            return Plan((*reversed(stages), *([text.stage(geometry, keep)] if text_cut else [])))
 
         solved = solve(build, geometry, budget, method=self.name)
         if isinstance(budget.value, int):
             return solved
-        if budget.basis != "flops" and budget.value is not None:
+        target = solved.stages[-1]
+        if budget.basis == "flops" or budget.value is None:
+            return build(target.keep / max(1, geometry.visual_tokens))
+        if budget.basis == "final" or not text_cut:
             return build(budget.value)
-        return build(solved.stages[-1].keep / max(1, geometry.visual_tokens))
+        return build(_final_share(budget.value, factor, target.site.index, geometry))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _times(factor: float, keep: int | float, total: int) -> int | float:
+    """`keep` times `factor`, at most everything: 1.0, or `total` tokens. A count is rounded half up."""
+    if isinstance(keep, float):
+        return min(1.0, factor * keep)
+    return max(keep, min(total, math.floor(factor * keep + 0.5)))
+
+
+def _final_share(average: float, factor: float, layer: int, geometry: Geometry) -> float:
+    """The share f of the text cut with which the decoder layers see `average` of the visual tokens in the mean.
+
+    Layers before `layer` see min(1, factor f), the others f, and none more than enters it (`geometry.entering`).
+    """
+    share = [n / max(1, geometry.visual_tokens) for n in geometry.entering]
+
+    def seen(f: float) -> float:
+        first = min(1.0, factor * f)
+        return sum(min(n, first if k < layer else f) for k, n in enumerate(share)) / len(share)
+
+    low, high = 0.0, 1.0
+    for _ in range(60):  # bisection: `seen` does not fall
+        middle = (low + high) / 2
+        low, high = (middle, high) if seen(middle) < average else (low, middle)
+    return high

@@ -235,7 +235,7 @@ def test_the_model_keeps_what_its_own_attention_says() -> None:
 
 
 def geometry(**facts: Any) -> Geometry:
-    return dataclasses.replace(LLAVA, dynamic=True, entering=(), **facts)
+    return dataclasses.replace(LLAVA, **{"family": "llava_next", "dynamic": True, "entering": (), **facts})
 
 
 @pytest.mark.parametrize(
@@ -316,8 +316,11 @@ def test_where_the_text_cut_is_on() -> None:
     assert sites(LLAVA, True) == sites(moving, None) == {"vision", "layer"}
     # the tower alone goes to the target itself
     assert {s.keep for s in vtprune.FlowCut(text_cut=False).plan(moving, Budget(0.3)).stages} == {0.3}
-    by_name = {n: vtprune.geometry(CASES[n].config()).dynamic for n in ("llava", "gemma3", "llava_next", "qwen2_5_vl")}
-    assert by_name == {"llava": False, "gemma3": False, "llava_next": True, "qwen2_5_vl": True}
+    cut = {
+        name: bool(vtprune.FlowCut().plan(vtprune.geometry(CASES[name].config()), Budget(0.9)).at("layer"))
+        for name in ("llava", "gemma3", "internvl", "idefics3", "video_llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
+    }
+    assert [name for name, on in cut.items() if on] == ["llava_next", "qwen2_vl", "qwen2_5_vl"]
 
 
 def test_the_norm_of_values_is_passed_on() -> None:

@@ -29,6 +29,10 @@ __all__ = ["FlowCut"]
 _LOG_EPSILON = 1e-7
 
 
+# models of many tokens in the paper's sense: LLaVA-NeXT, Qwen2-VL and what followed them
+_HIGH_TOKEN = ("llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen3_vl")
+
+
 @METHODS.register("flowcut")
 @dataclass(frozen=True)
 class FlowCut(Scorer):
@@ -58,8 +62,8 @@ class FlowCut(Scorer):
         semantic_softmax: of CLS's value with the others: "code" has no scale and includes CLS, "paper" is scaled by
             d ** -0.5 and over patches only.
         value_norm: "head_mean" (the code's) or "all_heads" (the paper's), see `flowcut_values`.
-        text_cut: also cut in the decoder; None does so where the family's images differ in size (crops, tiles, native
-            resolution), as the paper does for LLaVA-NeXT and Qwen2-VL.
+        text_cut: also cut in the decoder; None does so where the paper does, in LLaVA-NeXT and Qwen2-VL, and in the
+            families that followed them (LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL).
         tower_factor: what the tower keeps with the text cut, in units of the decoder's target; >= 1, the paper's is 2.
         remaining: blocks between this stage's cut and the last one. `plan` sets it; leave it alone.
 
@@ -163,7 +167,7 @@ class FlowCut(Scorer):
                 "before its features. Use a method that cuts later, such as divprune or fastv."
             )
         last = tower.feature_block - 1
-        text_cut = geometry.dynamic if self.text_cut is None else self.text_cut
+        text_cut = geometry.family in _HIGH_TOKEN if self.text_cut is None else self.text_cut
         factor = self.tower_factor if text_cut else 1.0
         text = FlowCutText(value_norm=self.value_norm)
 

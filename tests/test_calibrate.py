@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from models import LAYERS, TOKENS, Row, batch, llava
+from PIL import Image
 from typer.testing import CliRunner
 
 import vtprune
@@ -117,6 +119,8 @@ def test_the_first_layer_within_one_standard_error_is_chosen() -> None:
     best = _row(5, -1.0, -1.0, -1.0)
     # differences 0.1, 0.2, 0.3: mean 0.2, standard error 0.1 / sqrt(3) = 0.058
     assert choose_layer([_row(1, -1.1, -1.2, -1.3), best]) == 5
+    # differences 0.5, 0.2, -0.1: mean 0.2, standard error 0.3 / sqrt(3) = 0.17
+    assert choose_layer([_row(1, -1.5, -1.2, -0.9), best]) == 5
     # differences 0.5, 0.5, -0.4: mean 0.2, standard error 0.52 / sqrt(3) = 0.3
     assert choose_layer([_row(1, -1.5, -1.5, -0.6), best]) == 1
     assert choose_layer([_row(1, -9.0, -9.0, -9.0), _row(3, -1.5, -1.5, -0.6), best]) == 3
@@ -193,16 +197,15 @@ def test_the_command_on_the_embedded_model(tmp_path: Path) -> None:
 
 
 @needs_embedded
-def test_other_seeds_ask_other_questions(tmp_path: Path) -> None:
+def test_seed_and_longest_answer_change_the_result(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
     found = []
-    for seed in (0, 1):
-        code, _, _ = _invoke(
-            "gemfilter", "--samples", 2, "--layers", 0, "--seed", seed, "--dtype", "bfloat16", "--device", "cpu",
-            "--out", tmp_path / "a.json",
-        )  # fmt: skip
-        assert code == 0
-        found.append(json.loads((tmp_path / "a.json").read_text(encoding="utf-8")))
+    for options in (("--seed", 0), ("--seed", 1), ("--seed", 0, "--max-new-tokens", 1)):
+        wanted = ("gemfilter", "--samples", 2, "--layers", 0, "--dtype", "bfloat16", "--device", "cpu", *options)
+        assert _invoke(*wanted, "--out", out)[0] == 0
+        found.append(json.loads(out.read_text(encoding="utf-8")))
     assert found[0]["layers"] != found[1]["layers"]
+    assert found[0]["layers"] != found[2]["layers"]
     assert found[0]["dtype"] == "bfloat16"
 
 
@@ -296,3 +299,16 @@ def test_the_command_refuses_layers_of_another_model() -> None:
 
 def test_help_lists_it() -> None:
     assert "calibrate" in CliRunner().invoke(app, ["--help"]).stdout
+
+
+@needs_embedded
+def test_every_page_shows_the_figure_that_the_script_draws() -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    script = runpy.run_path(str(docs / "figures.py"))
+    for figure in script["figures"]():
+        page = docs / "methods" / f"{figure.file.removeprefix('kept_').removesuffix('.png')}.md"
+        assert f"](../assets/{figure.file})" in page.read_text(encoding="utf-8")
+        path = docs / "assets" / figure.file
+        assert path.stat().st_size < 120_000
+        with Image.open(path) as shown:
+            assert script["draw"](figure, *vtprune.load_tiny("llava")).size == shown.size

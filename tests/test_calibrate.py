@@ -162,7 +162,7 @@ def test_bad_input_is_refused() -> None:
 @needs_embedded
 def test_the_command_on_the_embedded_model(tmp_path: Path) -> None:
     out = tmp_path / "new" / "result.json"
-    options = ("--samples", 3, "--layers", "3, 0", "--keep", "1/8", "--seed", 2, "--max-new-tokens", 4)
+    options = ("--samples", 3, "--layers", "3, 1", "--keep", "1/8", "--seed", 2, "--max-new-tokens", 4)
     code, shown, _ = _invoke("gemfilter", "--model", "tiny:llava", *options, "--out", out)
     assert code == 0
     result = json.loads(out.read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def test_the_command_on_the_embedded_model(tmp_path: Path) -> None:
         LayerRow(r["layer"], tuple(r["log_probs"]), tuple(r["same"]), r["flops"], r["flops_full"])
         for r in result["layers"]
     ]
-    assert [row.layer for row in rows] == [0, 3]
+    assert [row.layer for row in rows] == [1, 3]
     assert [len(row.same) for row in rows] == [3, 3]
     assert [r["log_prob"] for r in result["layers"]] == [row.log_prob for row in rows]
     assert [r["same_share"] for r in result["layers"]] == [row.same_share for row in rows]

@@ -106,14 +106,14 @@ def read_questions(path: Path, samples: int) -> list[Question]:
             entry: Any = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{where} is not JSON: {error}.") from error
-        values = [entry.get(key) if isinstance(entry, dict) else None for key in ("image", "question")]
-        if not all(isinstance(value, str) and value for value in values):
+        image, text = (entry.get(key) if isinstance(entry, dict) else None for key in ("image", "question"))
+        if not (isinstance(image, str) and image and isinstance(text, str) and text):
             raise InputError(f'{where} must be {{"image": path, "question": text}}, got {line.strip()[:80]}.')
         try:
-            image = open_image(path.parent / values[0])
+            picture = open_image(path.parent / image)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        questions.append(Question(values[1], (image,)))
+        questions.append(Question(text, (picture,)))
     if len(questions) < 2:
         raise InputError(f"{str(path)!r} holds {len(questions)} question(s); calibration needs at least 2.")
     return questions

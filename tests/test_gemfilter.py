@@ -106,15 +106,12 @@ def test_the_first_pass_counts() -> None:
     assert GemFilter().plan(LLAVA, Budget(1.0)).passes(LLAVA.entering, 576) == ()
 
 
-def test_layer_scales_and_positions_follow_the_model() -> None:
+def test_layer_scales_and_positions_are_passed_on() -> None:
     for depth, layer in ((32, 13), (40, 16), (12, 5), (2, 1)):
         model = dataclasses.replace(LLAVA, layers=depth, entering=())
         assert GemFilter().plan(model, Budget(0.9)).stages[0].site == Site("restart", layer)
-    assert GemFilter().plan(LLAVA, Budget(300)).stages[0].positions == "compact"
-    assert GemFilter(positions="keep").plan(LLAVA, Budget(300)).stages[0].positions == "keep"
-    for changes in ({"rotary_axes": 3}, {"windows": (4096,) * 32}):
-        geometry = dataclasses.replace(LLAVA, **changes)  # type: ignore[arg-type]
-        assert GemFilter().plan(geometry, Budget(300)).stages[0].positions == "keep"
+    for positions in ("keep", "compact"):
+        assert GemFilter(positions=positions).plan(LLAVA, Budget(300)).stages[0].positions == positions
     plan = GemFilter().plan(LLAVA, Budget(300))
     assert Plan.from_dict(plan.to_dict()) == plan
 
@@ -124,7 +121,7 @@ def test_layer_scales_and_positions_follow_the_model() -> None:
     [
         ({"layer": -1}, "layer must be an int >= 0 or None, got -1"),
         ({"pool": 4}, "pool must be an odd int >= 1, got 4"),
-        ({"positions": "shift"}, "positions must be 'keep', 'compact' or None"),
+        ({"positions": "shift"}, "positions must be 'keep' or 'compact', got 'shift'"),
     ],
 )
 def test_bad_knobs(knobs: dict[str, Any], message: str) -> None:
@@ -188,7 +185,7 @@ def test_products_equal_those_by_hand(name: str, attention: str) -> None:
 def test_compact_positions_equal_a_prompt_that_never_held_the_tokens() -> None:
     case = CASES["llava"]
     model, inputs = case.model(), case.batch(Row((("image", None),)))
-    with vtprune.prune(model, GemFilter(layer=2), 6, basis="final") as session:
+    with vtprune.prune(model, GemFilter(layer=2, positions="compact"), 6, basis="final") as session:
         got = model.generate(**inputs, max_new_tokens=5, do_sample=False)
         kept = session.report.kept[0].indices[0]
     visual = case.visual(inputs["input_ids"])[0].nonzero()[:, 0]

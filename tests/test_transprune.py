@@ -107,12 +107,9 @@ def test_layers_scale_with_depth_and_can_be_set() -> None:
     assert Plan.from_dict(plan.to_dict()) == plan
 
 
-def test_positions_are_the_papers_where_they_have_a_meaning() -> None:
-    assert {s.positions for s in TransPrune().plan(LLAVA, Budget(300)).stages} == {"compact"}
-    assert {s.positions for s in TransPrune(positions="keep").plan(LLAVA, Budget(300)).stages} == {"keep"}
-    for changes in ({"rotary_axes": 3}, {"windows": (4096,) * 32}):
-        geometry = dataclasses.replace(LLAVA, **changes)  # type: ignore[arg-type]
-        assert {s.positions for s in TransPrune().plan(geometry, Budget(300)).stages} == {"keep"}
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_positions_are_passed_on(positions: Any) -> None:
+    assert {s.positions for s in TransPrune(positions=positions).plan(LLAVA, Budget(300)).stages} == {positions}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +117,7 @@ def test_positions_are_the_papers_where_they_have_a_meaning() -> None:
     [
         ({"signals": "all"}, "signals must be 'both', 'ttv' or 'iga', got 'all'"),
         ({"direction": "up"}, "direction must be 'signed' or 'absolute'"),
-        ({"positions": "shift"}, "positions must be 'keep', 'compact' or None"),
+        ({"positions": "shift"}, "positions must be 'keep' or 'compact', got 'shift'"),
         ({"alpha": 1.5}, r"alpha must be a number in \[0, 1\], got 1.5"),
         ({"ratios": (0.5, 0.6, 0.1)}, "ratios must fall from below 1 to above 0"),
         ({"ratios": (1.0, 0.5)}, "ratios must fall"),

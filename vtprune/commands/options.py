@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtprune.errors import BudgetError, InputError
+from vtprune.specs import parse_method, split_methods
 
 if TYPE_CHECKING:
     from vtprune.plan import Plan
@@ -13,23 +14,22 @@ if TYPE_CHECKING:
 __all__ = ["KEEP_HELP", "METHOD_HELP", "load_plan", "pair_keeps", "read_keeps", "read_methods"]
 
 KEEP_HELP = "Budget: tokens (64), or a fraction (0.25, 25%, 1/4); one a method, separated by commas."
-METHOD_HELP = "Method, or several separated by commas (see `vtprune methods`)."
+METHOD_HELP = "Method, such as fastv or gemfilter(layer=3), or several separated by commas (see `vtprune methods`)."
 
 
 def read_methods(text: str) -> list[str]:
-    """`a,b` -> ["a", "b"].
+    """`a,b(knob=1)` -> ["a", "b(knob=1)"].
 
     Raises:
         InputError: if there is none.
         UnknownNameError: if one is not registered.
+        PlanError: if its knobs are malformed.
     """
-    from vtprune.contract import METHODS
-
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = split_methods(text)
     if not names:
         raise InputError(f"--method must name at least one method, got {text!r}. See `vtprune methods`.")
     for name in names:
-        _ = METHODS[name]
+        parse_method(name)
     return names
 
 

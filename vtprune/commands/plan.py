@@ -10,6 +10,7 @@ import typer
 from vtprune.commands.options import KEEP_HELP, METHOD_HELP, pair_keeps, read_methods
 from vtprune.errors import BudgetError
 from vtprune.loading import SPEC_HELP
+from vtprune.specs import parse_method
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,12 +34,12 @@ def solve_stages(
         PlanError: if the methods cannot follow each other in this order.
     """
     from vtprune.budget import Budget
-    from vtprune.contract import METHODS, compose
+    from vtprune.contract import compose
 
     if flops is not None and len(methods) > 1:
         raise BudgetError(f"--flops fits one method, got {len(methods)} ({','.join(methods)}). Use --keep a,b instead.")
     budgets = [Budget.make(k, basis=basis, flops=flops) for k in keeps or [None] * len(methods)]
-    plan = compose([METHODS[name]() for name in methods], budgets, geometry)
+    plan = compose([parse_method(name) for name in methods], budgets, geometry)
     return plan, [f"{name}: {budget}" for name, budget in zip(methods, budgets, strict=True)]
 
 

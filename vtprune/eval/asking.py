@@ -12,6 +12,7 @@ import vtprune
 from vtprune.budget import parse_keep
 from vtprune.errors import InputError
 from vtprune.plan import Plan
+from vtprune.specs import split_methods
 
 __all__ = [
     "UNPRUNED",
@@ -42,12 +43,12 @@ def attach_to(
         return None
     if isinstance(method, Plan):
         return vtprune.prune(model, method)
-    names = method.split("+")
+    names = split_methods(method, "+")
     budget: Any = keep
     if isinstance(keep, str):
         parts = [parse_keep(part) for part in keep.split("+")]
         budget = parts if len(parts) > 1 else parts[0]
-    return vtprune.prune(model, names if len(names) > 1 else method, budget, basis=basis, flops=flops)
+    return vtprune.prune(model, names if len(names) > 1 else names[0], budget, basis=basis, flops=flops)
 
 
 def read_batch_size(given: int | str) -> int:

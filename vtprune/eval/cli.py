@@ -14,6 +14,7 @@ import typer
 from vtprune.errors import InputError, VtpruneError
 from vtprune.eval import BUNDLED_TASKS, TASKS_DIR
 from vtprune.eval.keeps import parse_keeps
+from vtprune.specs import split_methods
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +42,9 @@ def eval_command(
     model: Annotated[
         str, typer.Option(help="Comma-separated: tiny:llava, tiny:qwen2_vl, tiny:internvl, hub ids or local folders.")
     ] = "tiny:llava",
-    methods: Annotated[str, typer.Option(help="Comma-separated names, or 'all'.")] = "all",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated: names, 'all', or with knobs such as gemfilter(layer=3).")
+    ] = "all",
     keeps: Annotated[
         str | None, typer.Option(help=f"Budgets: shares such as 1/4 or 25%, or tokens such as 64. (default: {_KEEPS})")
     ] = None,
@@ -134,7 +137,7 @@ def _check_models(models: Sequence[str]) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     """`a, b,,a` -> (a, b)."""
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    return tuple(dict.fromkeys(split_methods(text)))
 
 
 def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
@@ -149,7 +152,8 @@ def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
     require_lmms_eval()
     import vtprune
 
-    names = tuple(vtprune.methods()) if methods.strip() == "all" else _names(methods)
+    listed = [vtprune.methods() if name == "all" else [name] for name in _names(methods)]
+    names = tuple(dict.fromkeys(name for part in listed for name in part))
     if not names:
         raise InputError(f"name at least one method, got {methods!r}. Legal: all, {', '.join(vtprune.methods())}.")
     command = "vtprune " + shlex.join(sys.argv[1:])

@@ -12,11 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vtprune.errors import BudgetError, InputError, UnknownNameError, VtpruneError
+from vtprune.errors import BudgetError, InputError, VtpruneError
 from vtprune.eval.harness import Harness, Sample, quiet
 from vtprune.eval.keeps import SweepKeep
 from vtprune.eval.rows import UNPRUNED_ROW, KindScore, Row, TaskScore
 from vtprune.eval.stats import mean_interval, paired_difference
+from vtprune.specs import parse_method, split_methods
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
@@ -99,12 +100,10 @@ def run_sweep(sweep: Sweep, progress: Progress) -> tuple[SweepResult, Harness, V
     Raises:
         VtpruneError: if lmms-eval is missing, or a method, task or model is not known.
     """
-    import vtprune
 
-    known = vtprune.methods()
-    for method in (name for names in sweep.methods for name in names.split("+")):
-        if method not in known:
-            raise UnknownNameError("method", method, known)
+    for names in sweep.methods:
+        for method in split_methods(names, "+"):
+            parse_method(method)
     progress.start("loading lmms-eval, tasks and model", 1)
     harness = Harness(sweep.tasks, sweep.limit, sweep.seed)
     from vtprune.eval.asking import default_device

@@ -42,7 +42,8 @@ def prune(
     Args:
         model: a `transformers` vision-language model of a supported family (`vtprune.families()`). One that no family
             names is tried on a dry call first, which costs a few short forward passes.
-        method: a name (`vtprune.methods()`), a method object, a list of them applied in order, or a saved `Plan`.
+        method: a name (`vtprune.methods()`), with knobs if need be ("gemfilter(layer=3)"), a method object, a list of
+            them applied in order, or a saved `Plan`.
         keep: visual tokens that enter a decoder layer, averaged over the layers: an int is tokens a sample, a float in
             (0, 1] or a string such as "25%" a fraction. `keep=1.0` keeps all and changes nothing. With a list of
             methods a list of budgets, each for what the methods so far leave.

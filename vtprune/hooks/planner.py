@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtprune.budget import Budget, Geometry
-from vtprune.contract import METHODS, Scorer, compose
+from vtprune.contract import Scorer, compose
 from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan, Stage
+from vtprune.specs import parse_method
 
 __all__ = ["Methods", "Planner"]
 
@@ -112,7 +113,7 @@ def _as_list(methods: Any) -> list[str | Scorer]:
 
 def _method(method: Any) -> Scorer:
     if isinstance(method, str):
-        return METHODS[method]()
+        return parse_method(method)
     if isinstance(method, Scorer):
         return method
     raise PlanError(f"method must be a name, a method object, a list of them or a Plan, got {method!r}.")

@@ -59,6 +59,8 @@ class GemFilter(Scorer):
     Paper: GemFilter, arXiv 2409.17422, on text; here it selects visual tokens and keeps all text. The decoder runs up
     to the queries and keys of layer r, without a cache; `filter_scores` of the last prompt token rank the tokens; then
     the whole decoder runs on the survivors. The authors' code runs layer r to its end, whose result nobody reads.
+    Differs from both: survivors keep their positions unless told otherwise, so that the run equals the unpruned model
+    with the same tokens hidden, and works under M-RoPE and sliding windows alike.
     The first pass costs r of L layers on every token, so the average over the layers cannot fall below r V / L; it pays
     for long visual prompts, many new tokens, or behind a method that cuts in the tower.
 
@@ -67,8 +69,7 @@ class GemFilter(Scorer):
             `vtprune calibrate gemfilter` finds it.
         pool: odd window of the smoothing; the paper uses 5.
         count_include_pad: see `filter_scores`.
-        positions: "compact" (the paper's: survivors are numbered from 0) or "keep"; None is "compact" where that has a
-            meaning, and "keep" under M-RoPE and sliding windows.
+        positions: "keep", or "compact" (the paper's: survivors are numbered from 0).
 
     Raises:
         PlanError: if a knob is out of range.
@@ -81,7 +82,7 @@ class GemFilter(Scorer):
     layer: int | None = None
     pool: int = 5
     count_include_pad: bool = True
-    positions: Positions | None = None
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         layer = self.layer
@@ -89,8 +90,8 @@ class GemFilter(Scorer):
             raise PlanError(f"gemfilter layer must be an int >= 0 or None, got {layer!r}. The paper uses 13 of 32.")
         if isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
             raise PlanError(f"gemfilter pool must be an odd int >= 1, got {self.pool!r}. The paper uses 5.")
-        if self.positions not in (None, "keep", "compact"):
-            raise PlanError(f"gemfilter positions must be 'keep', 'compact' or None, got {self.positions!r}.")
+        if self.positions not in ("keep", "compact"):
+            raise PlanError(f"gemfilter positions must be 'keep' or 'compact', got {self.positions!r}.")
 
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
         """Remember the smoothed products, `product` [B, V]. Keys of earlier calls are not part of the sequence."""
@@ -117,12 +118,9 @@ class GemFilter(Scorer):
                 f"gemfilter layer must be in [0, {geometry.layers - 1}] ({geometry.layers} decoder layers), got "
                 f"{layer}. Lower it, or leave it None."
             )
-        positions = self.positions
-        if positions is None:
-            positions = "keep" if geometry.rotary_axes > 1 or geometry.windows else "compact"
         scorer = dataclasses.replace(self, layer=layer)
         return solve(
-            lambda n: Plan((Stage(Site("restart", layer), scorer, n, positions=positions),)),
+            lambda n: Plan((Stage(Site("restart", layer), scorer, n, positions=self.positions),)),
             geometry,
             budget,
             method=self.name,

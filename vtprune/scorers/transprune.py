@@ -67,6 +67,8 @@ class TransPrune(Scorer):
     itself, since the first layers see every token: put it behind a method that cuts in the tower or at the input.
 
     Where paper and code differ the code's way is the default: signed cosines, both signals divided by their sums.
+    Differs from both: survivors keep their positions unless told otherwise, so that the run equals the unpruned model
+    with the same tokens hidden, and works under M-RoPE and sliding windows alike.
     Differs from the code: the softmax over transitions is taken over the tokens of a sample and not of the batch; the
     tokens behind the *last* image ask; no transition is computed in decode steps; text that stands between images is
     never counted as image.
@@ -82,8 +84,7 @@ class TransPrune(Scorer):
         direction: "signed" or "absolute" cosine.
         normalise: divide both signals by their sums; False compares them raw, as the paper writes.
         since: first layer whose transitions count; None is the one in front of the first cut.
-        positions: "compact" (the paper's: the sequence is renumbered after each cut) or "keep"; None is "compact" where
-            that has a meaning, and "keep" under M-RoPE and sliding windows.
+        positions: "keep", or "compact" (the paper's: the sequence is renumbered after each cut).
 
     Raises:
         PlanError: if a knob is out of range.
@@ -102,15 +103,15 @@ class TransPrune(Scorer):
     direction: Literal["signed", "absolute"] = "signed"
     normalise: bool = True
     since: int | None = None
-    positions: Positions | None = None
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         if self.signals not in ("both", "ttv", "iga"):
             raise PlanError(f"transprune signals must be 'both', 'ttv' or 'iga', got {self.signals!r}.")
         if self.direction not in ("signed", "absolute"):
             raise PlanError(f"transprune direction must be 'signed' or 'absolute', got {self.direction!r}.")
-        if self.positions not in (None, "keep", "compact"):
-            raise PlanError(f"transprune positions must be 'keep', 'compact' or None, got {self.positions!r}.")
+        if self.positions not in ("keep", "compact"):
+            raise PlanError(f"transprune positions must be 'keep' or 'compact', got {self.positions!r}.")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0.0 <= self.alpha <= 1.0:
             raise PlanError(f"transprune alpha must be a number in [0, 1], got {self.alpha!r}. The paper uses 0.5.")
         falling = all(a > b for a, b in zip((1.0, *self.ratios), self.ratios, strict=False))
@@ -189,15 +190,12 @@ class TransPrune(Scorer):
             )
         since = layers[0] - 1 if self.since is None else self.since
         since = min(since, layers[0] - 1)
-        positions = self.positions
-        if positions is None:
-            positions = "keep" if geometry.rotary_axes > 1 or geometry.windows else "compact"
         scorer, entering = dataclasses.replace(self, since=since), max(geometry.entering)
 
         def stages(counts: list[int]) -> Plan:
             return Plan(
                 tuple(
-                    Stage(Site("layer", layer), scorer, max(1, n), positions=positions)
+                    Stage(Site("layer", layer), scorer, max(1, n), positions=self.positions)
                     for layer, n in zip(layers, counts, strict=True)
                 )
             )

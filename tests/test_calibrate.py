@@ -53,7 +53,7 @@ def test_agreement_equals_the_short_sequence_run_by_hand(layer: int) -> None:
             flops, flops_full = flops + session.report.flops, flops_full + session.report.flops_full
             mine = model.generate(**prompt, max_new_tokens=STEPS, do_sample=False)[0, length:]
         assert len(kept) == KEEP
-        # the survivors, numbered from 0, with the answer behind them, in one call of the bare decoder
+        # the survivors at their places, with the answer behind the prompt, in one call of the bare decoder
         inner = model.model
         visual = prompt["input_ids"][0] == model.config.image_token_id
         with torch.no_grad():
@@ -62,7 +62,8 @@ def test_agreement_equals_the_short_sequence_run_by_hand(layer: int) -> None:
             stays = ~visual
             stays[visual.nonzero()[kept, 0]] = True
             short = torch.cat([embedded[stays], model.get_input_embeddings()(answer)])
-            hidden = inner.language_model(inputs_embeds=short[None]).last_hidden_state[0]
+            places = torch.cat([stays.nonzero()[:, 0], length + torch.arange(STEPS)])
+            hidden = inner.language_model(inputs_embeds=short[None], position_ids=places[None]).last_hidden_state[0]
             log_probs = model.lm_head(hidden[-STEPS - 1 : -1]).log_softmax(-1)
         by_hand = sum(log_probs[i, token].item() for i, token in enumerate(answer)) / STEPS
         assert log_prob == pytest.approx(by_hand, abs=1e-4)

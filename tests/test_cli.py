@@ -14,8 +14,10 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 from typer.testing import CliRunner, Result
 
 import vtprune
+from vtprune.budget import Budget
 from vtprune.cli import app
 from vtprune.commands.show import byte_text, flop_text, layers_text, share_text
+from vtprune.cost import plan_cost
 from vtprune.errors import InputError
 from vtprune.images import load_example
 from vtprune.loading import load_config, load_model
@@ -136,6 +138,18 @@ def test_plan_is_what_prune_solves() -> None:
     plan, _ = solve_stages(["uniform", "fastv"], [12, 6], vtprune.geometry(model), basis="average", flops=None)
     with vtprune.prune(model, ["uniform", "fastv"], keep=[12, 6]) as session:
         assert session.plan == plan
+
+
+def test_plan_counts_the_first_pass_of_a_restart() -> None:
+    result = _invoke(
+        "plan", "--model", "random:llava-1.5-7b", "--method", "gemfilter", "--keep", "64", "--basis", "final"
+    )
+    # 13 of 32 layers on all 576 tokens, then 64 everywhere
+    assert f"average a layer    {13 * 576 / 32 + 64:.2f} of 576" in result.output
+    model = vtprune.geometry(load_config("random:llava-1.5-7b"))
+    share = plan_cost(vtprune.GemFilter().plan(model, Budget(64, "final")), model, "flops")
+    assert f"({100 * share:.1f} %), text included" in result.output
+    assert share > 13 / 32
 
 
 def test_plan_spends_flops() -> None:

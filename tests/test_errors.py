@@ -250,7 +250,7 @@ def test_unknown_per_token_argument_names_itself(model: LlavaForConditionalGener
         (
             vtprune.Site("vision", 1),
             vtprune.FastV(),
-            r"fastv reads the last prompt token; it cannot cut at vision\[1\]",
+            r"fastv reads the prompt; it cannot cut at vision\[1\]",
         ),
         (vtprune.Site("vision", 1), vtprune.Pool(), r"pool merges tokens, which vision\[1\] cannot"),
     ],

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 import vtprune
+from vtprune.scorers.transprune import TransPrune
 
 NAMES = ["llava", "llava_next", "qwen2_vl", "gemma3"]
 METHODS = ["uniform", "fastv"]
@@ -104,10 +105,15 @@ def test_an_assistant_gives_the_greedy_answer(case: Case) -> None:
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("method", ["random", "fastv"])
-def test_draft_tokens_behind_the_prompt_are_refused_by_methods_that_read_it(case: Case, method: str) -> None:
+_BY_TRANSITIONS = TransPrune(layers=(1,), ratios=(0.5,), signals="ttv")
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("random", "random"), ("fastv", "fastv"), (_BY_TRANSITIONS, "transprune")]
+)
+def test_draft_tokens_behind_the_prompt_are_refused_by_methods_that_read_it(case: Case, method: Any, name: str) -> None:
     model, inputs = case.model(), single(case, (7, 8, 9, 7, 8, 9, 7, 8))
-    with vtprune.prune(model, method, 0.5), pytest.raises(vtprune.InputError, match=f"logits_to_keep=4.*{method}"):
+    with vtprune.prune(model, method, 0.75), pytest.raises(vtprune.InputError, match=f"logits_to_keep=4.*{name}"):
         model.generate(**inputs, max_new_tokens=20, **GREEDY, prompt_lookup_num_tokens=3)
 
 

@@ -28,6 +28,7 @@ _TOP = (
     "cli",
     "__main__",
     "bench",
+    "calibrate",
     "tiny",
     "loading",
     "presets",

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from vtprune import __version__
-from vtprune.commands import bench, listing, plan, run
+from vtprune.commands import bench, calibrate, listing, plan, run
 from vtprune.errors import VtpruneError
 
 __all__ = ["app", "main"]
@@ -67,6 +67,7 @@ app.command("families")(listing.families_command)
 app.command("plan")(plan.plan_command)
 app.command("run")(run.run_command)
 app.command("bench")(bench.bench_command)
+app.command("calibrate")(calibrate.calibrate_command)
 
 
 def _stub() -> None:

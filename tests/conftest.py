@@ -17,10 +17,18 @@ _outcomes: family_table.Outcomes = {}
 _ONE_BACKEND = ("test_embedded", "test_families", "test_family_towers", "test_tower_budgets", "test_windows")
 
 
+# what asks layers is tried on families that differ in their layers, and on the others with `-m slow`
+_ASKING = ("asked", "-gemfilter]", "-transprune]")
+_DIFFER = ("[llava-", "[llava]", "[qwen2_vl", "[qwen3_vl", "[gemma3", "[idefics2")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in _ONE_BACKEND and "eager" in item.name:
+        twice = item.path.stem in _ONE_BACKEND and "eager" in item.name
+        asks = item.path.stem == "test_families" and any(word in item.name for word in _ASKING)
+        compiles = "compiled_decode" in item.name and "[llava]" not in item.name
+        if twice or compiles or (asks and not any(name in item.name for name in _DIFFER)):
             item.add_marker(pytest.mark.slow)
 
 

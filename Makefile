@@ -45,7 +45,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
 test-oldest: $(STAMP)
 	rm -rf .oldest

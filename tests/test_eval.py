@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import subprocess
@@ -151,6 +152,19 @@ def test_table_shows_every_cell() -> None:
     lines = markdown(eval_helpers.rows()).splitlines()
     assert len({line.count("|") for line in lines[:7]}) == 1
     assert rich_table(eval_helpers.rows()).row_count == 5
+
+
+def test_many_methods_look_different() -> None:
+    from matplotlib.figure import Figure
+
+    base = eval_helpers.rows()
+    pruned = next(row for row in base if row.status == "ok" and row.method != base[0].method)
+    rows = [base[0], *(dataclasses.replace(pruned, method=f"method {n}") for n in range(20))]
+    axes = Figure().subplots()
+    draw_task(axes, rows, "vtp_scenes")
+    lines = [line for line in axes.get_lines() if str(line.get_label()).startswith("method")]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(looks) == len(lines) == 20
 
 
 def test_plot_draws_one_line_a_method_and_the_unpruned_model_dashed(tmp_path: Path) -> None:

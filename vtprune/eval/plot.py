@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_task", "plot_rows"]
 
-# Okabe-Ito without its yellow (too faint on white), then two that stay apart from them; told apart by marker as well
+# Okabe-Ito without its yellow (too faint on white), then two that stay apart from them; told apart by marker as well.
+# Beyond them the line changes, so that no two of many methods look alike
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B3A8C", "#4D4D4D")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", ":", "-.")
 _TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
@@ -59,14 +61,17 @@ def draw_task(axes: Axes, rows: Sequence[Row], task: str) -> None:
         )
         if not points:
             continue
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        turn, place = divmod(index, len(_COLOURS))
+        # hollow from the second turn on: a method with a single point has no line to tell it by
+        colour, marker, line = _COLOURS[place], _MARKERS[place], _LINES[turn % len(_LINES)]
+        inside = "white" if turn else colour
         x = [share for share, _ in points]
         y = [100 * interval.value for _, interval in points]
         below = [100 * (interval.value - interval.low) for _, interval in points]
         above = [100 * (interval.high - interval.value) for _, interval in points]
         lowest = min(lowest, *x)
         axes.errorbar(x, y, yerr=[below, above], fmt="none", ecolor=colour, elinewidth=1, alpha=0.35, zorder=2)
-        axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=method, zorder=3)
+        axes.plot(x, y, line, color=colour, marker=marker, mfc=inside, ms=5.5, linewidth=1.8, label=method, zorder=3)
     axes.set_xscale("log")
     ticks = [tick for tick in _TICKS if tick >= 0.7 * lowest] or [1.0]
     axes.xaxis.set_major_locator(FixedLocator(ticks))

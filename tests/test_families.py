@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from family_checks import batch_equals_each_alone
 from family_models import CASES, HOST_ENCODES_FIRST, HOST_KEEPS_BEAM_ORDER, LAYERS, Case, Row
 from oracle import hidden_keys, masked
 from torch import Tensor
@@ -95,23 +96,12 @@ def test_pruned_run_equals_masked_oracle(case: Case, rows: Any, method: str, kee
 )
 @torch.no_grad()
 def test_batch_equals_each_sample_alone(case: Case, method: str, keep: Any) -> None:
-    model, rows = case.model(), ragged(case)
+    model = case.model()
     if method == "pool" and vtprune.geometry(model).deepstack:
         with pytest.raises(vtprune.PlanError, match="DeepStack"):
             vtprune.prune(model, method, keep)
         return
-    inputs = case.batch(*rows)
-    width = inputs["input_ids"].shape[1]
-    with vtprune.prune(model, method, keep) as session:
-        together = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        kept = session.report.kept
-        for b, row in enumerate(rows):
-            alone = case.batch(row)
-            ids = model.generate(**alone, max_new_tokens=8, do_sample=False)
-            assert torch.equal(ids[0, alone["input_ids"].shape[1] :], together[b, width:])
-            if row.media:
-                for mine, all_rows in zip(session.report.kept, kept, strict=True):
-                    assert torch.equal(mine.indices[0], all_rows.indices[b])
+    batch_equals_each_alone(case, model, ragged(case), method, keep)
 
 
 # a pass that is broken off, sublayers that are watched, layers that are asked: everything that reads a decoder
@@ -141,19 +131,7 @@ def test_layers_that_are_asked_equal_masked_oracle(case: Case, attention: str) -
 
 @torch.no_grad()
 def test_layers_that_are_asked_know_no_batch_mates(case: Case) -> None:
-    model, rows = case.model(), ragged(case)
-    inputs = case.batch(*rows)
-    width = inputs["input_ids"].shape[1]
-    with vtprune.prune(model, ASKING, [0.75, 0.45]) as session:
-        together = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        kept = session.report.kept
-        for b, row in enumerate(rows):
-            alone = case.batch(row)
-            ids = model.generate(**alone, max_new_tokens=8, do_sample=False)
-            assert torch.equal(ids[0, alone["input_ids"].shape[1] :], together[b, width:])
-            if row.media:
-                for mine, all_rows in zip(session.report.kept, kept, strict=True):
-                    assert torch.equal(mine.indices[0], all_rows.indices[b])
+    batch_equals_each_alone(case, case.model(), ragged(case), ASKING, [0.75, 0.45])
 
 
 @pytest.mark.parametrize("method", ["uniform", "fastv", "gemfilter"])

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from family_checks import batch_equals_each_alone
 from family_models import CASES, HOST_ENCODES_FIRST, LAYERS, Case, Row
 from oracle import hidden_keys, masked, renumbered
 from torch import Tensor
@@ -107,19 +108,7 @@ def test_videos_equal_masked_tower(case: Case) -> None:
 
 @torch.no_grad()
 def test_batch_and_neighbours_change_nothing(case: Case) -> None:
-    model, rows = case.model(), ragged(case)
-    inputs = case.batch(*rows)
-    width = inputs["input_ids"].shape[1]
-    with vtprune.prune(model, "flowcut", 0.4) as session:
-        together = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        kept = session.report.kept
-        for b, row in enumerate(rows):
-            alone = case.batch(row)
-            ids = model.generate(**alone, max_new_tokens=6, do_sample=False)
-            assert torch.equal(ids[0, alone["input_ids"].shape[1] :], together[b, width:])
-            if row.media:
-                for mine, all_rows in zip(session.report.kept, kept, strict=True):
-                    assert torch.equal(mine.indices[0], all_rows.indices[b])
+    batch_equals_each_alone(case, case.model(), ragged(case), "flowcut", 0.4)
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vtprune.errors import BudgetError
+from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan
 
-__all__ = ["Basis", "Budget", "Geometry", "VisionGeometry", "parse_keep", "scale_depth", "solve"]
+__all__ = ["Basis", "Budget", "Geometry", "VisionGeometry", "decoder_layer", "parse_keep", "scale_depth", "solve"]
 
 Basis = Literal["average", "final", "flops"]
 
@@ -206,6 +206,21 @@ def scale_depth(layers: Sequence[int], of: int, depth: int) -> tuple[int, ...]:
         at = max(1, math.floor(layer * depth / of + 0.5))
         scaled.append(min(depth - 1, max(at, scaled[-1] + 1 if scaled else 1)))
     return tuple(scaled)
+
+
+def decoder_layer(method: str, layer: int | None, paper: tuple[int, int], depth: int, *, lowest: int = 1) -> int:
+    """A method's `layer` knob on a decoder of `depth` layers; None scales the paper's (layer, depth).
+
+    Raises:
+        PlanError: if it is not one of the model's layers from `lowest` on.
+    """
+    at = scale_depth((paper[0],), paper[1], depth)[0] if layer is None else layer
+    if not lowest <= at < depth:
+        raise PlanError(
+            f"{method} layer must be in [{lowest}, {depth - 1}] ({depth} decoder layers), got {at}. "
+            "Lower it, or leave it None."
+        )
+    return at
 
 
 def solve(

@@ -107,6 +107,11 @@ class Stage:
                 f"positions='compact' has no meaning at {self.site}: set it on an 'input' or 'layer' stage."
             )
 
+    @property
+    def looks_ahead(self) -> bool:
+        """The layer behind the cut is asked before it runs."""
+        return self.site.kind == "layer" and self.scorer.ahead and self.scorer.reads_attention
+
     def count(self, total: int) -> int:
         """Survivors out of `total` original visual tokens (the final target, if the stage is adaptive)."""
         return resolve_count(self.keep, total)
@@ -203,7 +208,7 @@ class Plan:
         found: list[tuple[int, int]] = []
         before = Plan()
         for stage in self.stages:
-            if stage.site.kind == "layer" and stage.scorer.ahead and stage.scorer.reads_attention:
+            if stage.looks_ahead:
                 now = before.tokens_per_layer(entering, total)[stage.site.index]
                 if stage.count(total) < now:
                     found.append((stage.site.index, now))

@@ -26,12 +26,12 @@ class Groups:
         shift: [B, N] by how much the position of each token of this call moves down ("compact"), or None.
     """
 
-    def __init__(self, cache: Any, position: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, cache: Any, past: int, position: Tensor, mask: Tensor | None) -> None:
         """`position` [..., B, N] are position ids of the call's tokens; `mask` [B, L] is False at padding, or None."""
         self._cache, self._position, self._mask = cache, position, mask
         self.known: list[Group] = []
         self.old = record_of(cache)
-        self.past = 0 if cache is None else int(cache.get_seq_length())
+        self.past = past
         self.shift: Tensor | None = None
         self._lag: Tensor | None = None
 

@@ -83,7 +83,7 @@ class Prefill:
         mask = padding_mask(arguments, self.prompt, self.parts)
         self._mask = None if mask is None else mask.to(home).bool()
         self._masks.begin(cache, self._mask, self.past, self.past + self.length)
-        self._groups = Groups(cache, position, self._mask)
+        self._groups = Groups(cache, self.past, position, self._mask)
         self._boundaries = {s.site.index for s in self.stages if s.site.kind == "layer"}
         if self._groups.old is not None:
             self._boundaries |= {g.first for g in self._groups.old.groups}
@@ -129,7 +129,7 @@ class Prefill:
             # a pass that a restart breaks off makes no cuts
             for ordinal, stage in enumerate(self.stages if self._asking is None else ()):
                 if stage.site == Site("layer", index):
-                    if stage.scorer.ahead and stage.scorer.reads_attention and self._cuts(ordinal):
+                    if stage.looks_ahead and self._cuts(ordinal):
                         self._ask_layer(stage, hidden, arguments)
                     cut_index, hidden = self._stage(ordinal, hidden)
                     compact = self.pruned and stage.positions == "compact"  # also closes gaps of earlier stages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -79,10 +79,17 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
 
 def watched_blocks(plan: Plan, kind: str) -> dict[int, list[Scorer]]:
     """Which scorers observe which blocks of the tower ("vision") or the decoder ("layer")."""
+    return _watched(s for s in plan.at(kind) if s.scorer.reads_attention and not s.scorer.ahead)
+
+
+def watched_transitions(plan: Plan) -> dict[int, list[Scorer]]:
+    """Which scorers observe what the sublayers of which decoder layers do."""
+    return _watched(s for s in plan.at("layer") if s.scorer.reads_transitions)
+
+
+def _watched(stages: Iterable[Stage]) -> dict[int, list[Scorer]]:
     watched: dict[int, list[Scorer]] = {}
-    for stage in plan.at(kind):
-        if not stage.scorer.reads_attention or stage.scorer.ahead:
-            continue
+    for stage in stages:
         for block in stage.scorer.watches(stage.site):
             scorers = watched.setdefault(block, [])
             # stages of one method share one memory, so one of them observes each block
@@ -91,24 +98,9 @@ def watched_blocks(plan: Plan, kind: str) -> dict[int, list[Scorer]]:
     return watched
 
 
-def watched_transitions(plan: Plan) -> dict[int, list[Scorer]]:
-    """Which scorers observe what the sublayers of which decoder layers do."""
-    watched: dict[int, list[Scorer]] = {}
-    for stage in plan.at("layer"):
-        for block in stage.scorer.watches(stage.site) if stage.scorer.reads_transitions else ():
-            scorers = watched.setdefault(block, [])
-            if stage.scorer.name not in {s.name for s in scorers}:
-                scorers.append(stage.scorer)
-    return watched
-
-
 def asked_layers(plan: Plan) -> set[int]:
     """Decoder layers that are asked about a cut before they run: by a restart, or by a scorer that looks ahead."""
-    return {
-        s.site.index
-        for s in plan.stages
-        if s.scorer.reads_attention and (s.site.kind == "restart" or (s.site.kind == "layer" and s.scorer.ahead))
-    }
+    return {s.site.index for s in plan.stages if s.site.kind == "restart" or s.looks_ahead}
 
 
 def check_counts(prompt: Prompt, tower_stages: Sequence[Stage]) -> None:

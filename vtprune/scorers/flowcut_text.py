@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune.budget import Budget, Geometry, scale_depth, solve
+from vtprune.budget import Budget, Geometry, decoder_layer, solve
 from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
 from vtprune.errors import PlanError
 from vtprune.kernels.attention_rows import attention_rows
@@ -80,12 +80,7 @@ class FlowCutText(Scorer):
         Raises:
             PlanError: if K is not a layer of the model.
         """
-        layer = scale_depth((2,), 32, geometry.layers)[0] if self.layer is None else self.layer
-        if not 1 <= layer < geometry.layers:
-            raise PlanError(
-                f"{self.name} layer must be in [1, {geometry.layers - 1}] ({geometry.layers} decoder layers), got "
-                f"{layer}. Lower it, or leave it None."
-            )
+        layer = decoder_layer(self.name, self.layer, (2, 32), geometry.layers)
         positions = self.positions
         if positions is None:
             positions = "keep" if geometry.rotary_axes > 1 or geometry.windows else "compact"

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional
 
-from vtprune.budget import Budget, Geometry, scale_depth, solve
+from vtprune.budget import Budget, Geometry, decoder_layer, solve
 from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
 from vtprune.errors import PlanError
 from vtprune.plan import Plan, Positions, Site, Stage
@@ -112,12 +112,7 @@ class GemFilter(Scorer):
             BudgetError: if the budget is missing or below what the first pass costs.
             PlanError: if r is not a layer of the model.
         """
-        layer = scale_depth((13,), 32, geometry.layers)[0] if self.layer is None else self.layer
-        if not 0 <= layer < geometry.layers:
-            raise PlanError(
-                f"gemfilter layer must be in [0, {geometry.layers - 1}] ({geometry.layers} decoder layers), got "
-                f"{layer}. Lower it, or leave it None."
-            )
+        layer = decoder_layer(self.name, self.layer, (13, 32), geometry.layers, lowest=0)
         scorer = dataclasses.replace(self, layer=layer)
         return solve(
             lambda n: Plan((Stage(Site("restart", layer), scorer, n, positions=self.positions),)),

@@ -15,8 +15,18 @@ from torch import Tensor, nn
 from vtprune import Plan, Report
 
 
-def hidden_keys(report: Report, input_ids: Tensor, layers: int, visual: Tensor | None = None) -> list[Tensor]:
-    """For each decoder layer, [B, N] True at prompt positions that it must not see."""
+def hidden_keys(
+    report: Report, input_ids: Tensor, layers: int, visual: Tensor | None = None, real: Tensor | None = None
+) -> list[Tensor]:
+    """For each decoder layer, [B, N] True at prompt positions that it must not see.
+
+    Args:
+        report: of the pruned run.
+        input_ids: [B, N] of the prompt.
+        layers: of the decoder.
+        visual: [B, N] True at visual tokens; None finds them.
+        real: [B, N] the attention mask, if there is padding.
+    """
     visual = input_ids == IMAGE if visual is None else visual
     result = [torch.zeros_like(visual) for _ in range(layers)]
     for record in report.kept:
@@ -27,6 +37,12 @@ def hidden_keys(report: Report, input_ids: Tensor, layers: int, visual: Tensor |
             gone[kept] = False
             for layer in range(first, layers):
                 result[layer][b, positions[gone]] = True
+            if record.text is not None:
+                text = (~visual[b] if real is None else ~visual[b] & real[b].bool()).nonzero()[:, 0]
+                lost = torch.ones(len(text), dtype=torch.bool)
+                lost[record.text[b]] = False
+                for layer in range(first, layers):
+                    result[layer][b, text[lost]] = True
     return result
 
 

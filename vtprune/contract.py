@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from vtprune.budget import Budget, Geometry, solve
 from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan, Site, Stage
 from vtprune.registry import Registry
+from vtprune.views import AttentionView, Memory, Queries, TokenView, TransitionView
 
 __all__ = [
     "METHODS",
@@ -30,109 +31,6 @@ __all__ = [
     "compose",
     "top_k_mask",
 ]
-
-Memory = dict[str, Tensor]
-"""Per-token running signals of one call, each [B, V]; the engine gathers them whenever tokens are dropped. In a tower
-that merges c patches into a token `observe` sees and returns [B, V * c], the patches of each token side by side, and a
-cut sees their mean."""
-
-Queries = Literal["last", "cls", "mean", "instruction"]
-"""Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean of real tokens (in a
-tower those of one image, crop or frame, also in blocks that attend in windows), the prompt's tokens behind its last
-image (its last token, if there are none)."""
-
-
-@dataclass(frozen=True)
-class AttentionView:
-    """Signals of one attention block that has just run, for `Scorer.observe`.
-
-    Attributes:
-        block: index of the tower block or decoder layer.
-        query: [B, H, R, d] the rows asked for by `Scorer.queries`, after RoPE.
-        key, value: [B, Hkv, N, d] all keys and values, after RoPE.
-        scaling: factor of the logits, usually d ** -0.5.
-        real: [B, N], or [B, R, N] for "instruction": True at keys that a query row sees (not at padding, later tokens,
-            nor outside its sliding window), or None if it sees all.
-        column: [B, V] where each alive visual token lies among the N keys.
-        valid: [B, V] False at padding of the V axis.
-        query_value: [B, Hkv, R, d] values at the query rows.
-        has_cls: the query row is a tower's CLS token (else, in a tower, the mean of all real queries).
-        softcap: bound c of the logits, which the model takes as c tanh(logit / c), or None.
-        rows: [B, R] False at padding of the R axis, or None if there is none.
-        first: keys before this one come from earlier calls (a cache).
-    """
-
-    block: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scaling: float
-    real: Tensor | None
-    column: Tensor
-    valid: Tensor
-    query_value: Tensor
-    has_cls: bool
-    softcap: float | None = None
-    rows: Tensor | None = None
-    first: int = 0
-
-    def visual(self, states: Tensor) -> Tensor:
-        """[B, Hkv, N, d] keys or values -> [B, Hkv, V, d] at the alive visual tokens."""
-        index = self.column[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
-        return states.gather(2, index)
-
-
-@dataclass(frozen=True)
-class TransitionView:
-    """What a sublayer of a decoder layer has just made of its tokens, for `Scorer.observe_transition`.
-
-    Attributes:
-        layer: index of the decoder layer.
-        part: which sublayer.
-        before: [B, M, D] its normalised input, as the sublayer gets it.
-        after: [B, M, D] its output before it is added to the residual stream.
-        real: [B, M] False at padding.
-        column: [B, V] where each alive visual token lies among the M rows.
-        valid: [B, V] False at padding of the V axis.
-    """
-
-    layer: int
-    part: Literal["attention", "mlp"]
-    before: Tensor
-    after: Tensor
-    real: Tensor
-    column: Tensor
-    valid: Tensor
-
-
-@dataclass(frozen=True)
-class TokenView:
-    """What a scorer sees when its stage cuts.
-
-    Attributes:
-        site: where the cut is made.
-        hidden: [B, V, D] states of the alive visual tokens; in a tower the mean of a token's patches.
-        valid: [B, V] False at padding of the V axis.
-        original: [B, V] index of the token among the sample's original visual tokens, increasing.
-        grid, row, col: [B, V] grid of the sample (an image, or a crop or frame of one), and the cell on it.
-        grids: for each sample, (rows, cols) of each grid.
-        keep: [B] how many tokens must survive.
-        memory: what `observe` has accumulated.
-        text_key: for each sample a tuple of ints that identifies its prompt (its token ids); () in a tower, and unless
-            the scorer sets `reads_prompt`.
-    """
-
-    site: Site
-    hidden: Tensor
-    valid: Tensor
-    original: Tensor
-    grid: Tensor
-    row: Tensor
-    col: Tensor
-    grids: tuple[tuple[tuple[int, int], ...], ...]
-    keep: Tensor
-    memory: Memory
-    text_key: tuple[tuple[int, ...], ...]
 
 
 def top_k_mask(scores: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
@@ -194,6 +92,11 @@ class Scorer:
         return self.queries is not None
 
     @property
+    def drops_text(self) -> bool:
+        """At `restart[k]` text competes with visual tokens for the rows of the second pass, by `score_rows`."""
+        return False
+
+    @property
     def reads_transitions(self) -> bool:
         """`observe_transition` is called."""
         return False
@@ -218,6 +121,10 @@ class Scorer:
     def observe_transition(self, view: TransitionView, memory: Memory) -> Memory:
         """Turn what a sublayer did in a prefill into per-token memory [B, V]. Called only if `reads_transitions`."""
         raise PlanError(f"{self.name} reads transitions but does not define observe_transition().")
+
+    def score_rows(self, view: AttentionView) -> Tensor:
+        """[B, M] scores of all tokens of the call, those of `score` at visual ones. Called only if `drops_text`."""
+        raise PlanError(f"{self.name} drops text but does not define score_rows().")
 
     def score(self, view: TokenView) -> Tensor:
         """[B, V] scores, higher is kept; values at invalid tokens are ignored."""

@@ -22,12 +22,15 @@ class Kept:
         indices: for each sample a LongTensor into its visual tokens in sequence order, increasing.
         scores: for each sample an fp32 tensor beside `alive`, the tokens scored (in order), or None.
         alive: for each sample the indices that were scored, or None.
+        text: for each sample a LongTensor into its tokens that are neither visual nor padding, increasing: those that
+            are left; None if the stage drops no text.
     """
 
     site: Site
     indices: tuple[Tensor, ...]
     scores: tuple[Tensor, ...] | None = None
     alive: tuple[Tensor, ...] | None = None
+    text: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Report:
         visual_tokens: visual tokens of each sample.
         text_tokens: real tokens of each sample that are not visual.
         tokens_per_layer: for each sample, visual tokens that enter each decoder layer.
+        text_kept: those of `text_tokens` that the decoder's layers run on; fewer only where a stage drops text.
         restarted: for each sample, visual tokens that entered a decoder layer in a pass that a `restart[k]` broke off,
             summed over the layers; () if there was none.
         kept: one record a stage, in order.
@@ -51,6 +55,7 @@ class Report:
     visual_tokens: tuple[int, ...]
     text_tokens: tuple[int, ...]
     tokens_per_layer: tuple[tuple[int, ...], ...]
+    text_kept: tuple[int, ...]
     kept: tuple[Kept, ...]
     flops: int
     flops_full: int
@@ -79,7 +84,9 @@ class Report:
         for b, (total, average, row) in enumerate(
             zip(self.visual_tokens, self.average_tokens, self.tokens_per_layer, strict=True)
         ):
-            lines.append(f"sample {b}: {total} visual tokens, {average:.1f} a layer on average ({_runs(row)})")
+            text = self.text_tokens[b], self.text_kept[b]
+            left = "" if text[0] == text[1] else f"; {text[1]} of {text[0]} text tokens"
+            lines.append(f"sample {b}: {total} visual tokens, {average:.1f} a layer on average ({_runs(row)}){left}")
         for name, part, full in (
             ("decoder prefill FLOPs", self.flops, self.flops_full),
             ("vision FLOPs", self.vision_flops, self.vision_flops_full),
@@ -97,10 +104,15 @@ class Report:
         return {
             "visual_tokens": list(self.visual_tokens),
             "text_tokens": list(self.text_tokens),
+            "text_kept": list(self.text_kept),
             "tokens_per_layer": [list(row) for row in self.tokens_per_layer],
             "average_tokens": list(self.average_tokens),
             "restarted": list(self.restarted),
-            "kept": [{"site": str(k.site), "indices": _lists(k.indices)} for k in self.kept],
+            "kept": [
+                {"site": str(k.site), "indices": _lists(k.indices)}
+                | ({} if k.text is None else {"text": _lists(k.text)})
+                for k in self.kept
+            ],
             "flops": self.flops,
             "flops_full": self.flops_full,
             "vision_flops": self.vision_flops,

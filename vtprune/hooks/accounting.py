@@ -69,11 +69,13 @@ def report_full(geometry: Geometry, prompt: Prompt, vision: tuple[int, int], ite
         raise InputError("this call has no prompt.")
     batch, length = visual.shape
     real = [length] * batch if prompt.attention_mask is None else real_positions(prompt).sum(1).tolist()
+    text = tuple(r - v for r, v in zip(real, prompt.counts, strict=True))
     lengths = [length] * geometry.layers
     flops, cache = batch * prefill_flops(geometry, lengths), batch * kv_bytes(geometry, lengths, itemsize)
     return Report(
         visual_tokens=prompt.counts,
-        text_tokens=tuple(r - v for r, v in zip(real, prompt.counts, strict=True)),
+        text_tokens=text,
+        text_kept=text,
         tokens_per_layer=tuple((n,) * geometry.layers for n in prompt.counts),
         kept=(),
         flops=flops,
@@ -102,8 +104,9 @@ def report_pruned(geometry: Geometry, call: Prefill, vision: tuple[int, int], it
     return Report(
         visual_tokens=call.layout.counts,
         text_tokens=tuple(call.text_counts),
+        text_kept=tuple(call.left.text_counts),
         tokens_per_layer=tuple(tuple(width(i)[2][b] for i in layers) for b in range(call.batch)),
-        kept=tuple(call.kept),
+        kept=tuple(call.left.kept),
         flops=call.batch * (prefill_flops(geometry, rows, past) + _asked_flops(geometry, call)),
         flops_full=call.batch * prefill_flops(geometry, whole, [call.past] * geometry.layers),
         vision_flops=vision[0],

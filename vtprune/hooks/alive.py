@@ -159,17 +159,17 @@ def make_cut(
     return Cut(after, index, owner, scores, alive)
 
 
-def record_cut(site: Site, alive: Alive, cut: Cut | None) -> Kept:
-    """What a stage at `site` left `alive`; `cut` is None if it dropped nothing."""
+def record_cut(site: Site, alive: Alive, cut: Cut | None, text: tuple[Tensor, ...] | None = None) -> Kept:
+    """What a stage at `site` left `alive`; `cut` is None if it dropped nothing, `text` as in `Kept`."""
 
     def split(values: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
         return tuple(row[:n] for row, n in zip(values.to(alive.original.device), counts, strict=True))
 
     indices = split(alive.original, alive.counts)
     if cut is None or cut.scores is None:
-        return Kept(site, indices)
+        return Kept(site, indices, text=text)
     counts = cut.before.counts
-    return Kept(site, indices, split(cut.scores, counts), split(cut.before.original, counts))
+    return Kept(site, indices, split(cut.scores, counts), split(cut.before.original, counts), text)
 
 
 def _token_view(

@@ -33,21 +33,28 @@ class Hidden:
     closed: list[Tensor | None]
 
     @classmethod
-    def make(cls, visual: Tensor, plan: Plan, kept: Sequence[Kept], layers: int) -> Hidden:
+    def make(cls, visual: Tensor, real: Tensor, plan: Plan, kept: Sequence[Kept], layers: int) -> Hidden:
         """What left in a pruned run.
 
         Args:
             visual: [B, N] True at visual tokens.
+            real: [B, N] False at padding.
             plan: the stages of the run.
             kept: what each of them kept.
             layers: decoder layers.
         """
         gone = [torch.zeros_like(visual)] * layers
         closed: list[Tensor | None] = [None] * layers
+        text = real & ~visual
         for stage, record in zip(plan.stages, kept, strict=True):
-            left = visual.clone()
-            for row, indices in zip(left, record.indices, strict=True):
-                row[row.nonzero()[indices, 0]] = False
+            stays = torch.zeros_like(visual)
+            for row, mine, indices in zip(stays, visual, record.indices, strict=True):
+                row[mine.nonzero()[indices, 0]] = True
+            if record.text is not None:
+                whole, text = real & ~visual, torch.zeros_like(visual)
+                for row, mine, indices in zip(text, whole, record.text, strict=True):
+                    row[mine.nonzero()[indices, 0]] = True
+            left = real & ~text & ~stays
             first = stage.site.index if stage.site.kind == "layer" else 0
             gone[first:] = [left] * (layers - first)
             if stage.positions == "compact":

@@ -15,22 +15,19 @@ import torch
 from torch import Tensor
 
 from vtprune.contract import Scorer
-from vtprune.errors import InputError
-from vtprune.hooks.alive import Alive, cut_counts, make_cut, observe_all, record_cut
+from vtprune.hooks.alive import Alive, observe_all
 from vtprune.hooks.asking import Answered, ask
 from vtprune.hooks.cache import CacheRecord, Group, peek
 from vtprune.hooks.call import GroupInputs, check_per_token, keep_angles, padding_mask, token_positions
-from vtprune.hooks.departures import book_departures
 from vtprune.hooks.families.base import Parts, Prompt
 from vtprune.hooks.groups import Groups
 from vtprune.hooks.masks import Masks
 from vtprune.hooks.rows import Rows
-from vtprune.hooks.views import Books, Seen, text_keys
+from vtprune.hooks.survivors import Survivors
+from vtprune.hooks.views import Books, Seen
 from vtprune.kernels.keep_tokens import keep_tokens
-from vtprune.kernels.merge_tokens import merge_tokens
 from vtprune.layout import Layout
 from vtprune.plan import Plan, Site, Stage
-from vtprune.report import Kept
 
 __all__ = ["Prefill"]
 
@@ -41,39 +38,44 @@ class Prefill:
     def __init__(
         self, parts: Parts, prompt: Prompt, layout: Layout, plans: Sequence[Plan], *, want_scores: bool
     ) -> None:
-        self.parts, self.prompt, self.layout, self.plans = parts, prompt, layout, plans
-        self.stages = plans[0].stages
+        self.parts, self.prompt, self.layout = parts, prompt, layout
         self.batch, self.length = layout.real.shape
-        counts = [self.length] * self.batch
-        if prompt.attention_mask is not None:
-            counts = layout.real.sum(1).tolist()
-        self.text_counts = [n - v for n, v in zip(counts, layout.counts, strict=True)]
-        self.rows = Rows.all_of(layout.real, counts)
-        self.alive = Alive.all_of(layout.counts, layout.real.device)
-        self.kept: list[Kept] = []
+        # text tokens of each sample before a cut
+        self.left = Survivors(prompt, layout, plans, want_scores=want_scores)
+        self.text_counts = list(self.left.text_counts)
         # (first layer, rows of its group, alive visual tokens of each sample), for the report
         self.widths: list[tuple[int, int, list[int]]] = [(0, self.length, list(layout.counts))]
         # layers that a restart ran in full, rows and alive visual tokens in them; rows whose queries and keys were
         # computed only to be asked
         self.passes: list[tuple[int, int, list[int]]] = []
         self.asked: list[int] = []
-        self.pruned = False
         self.past = 0
         self._asking: Stage | None = None
-        self._want_scores = want_scores
+        # [B, M] scores of all rows, from a layer that was asked which text may leave
+        self._ranked: Tensor | None = None
         # what layers get instead of the host's tensors, by their window; None as long as the host's are right
         self._inputs: dict[int | None, GroupInputs] | None = None
         self._masks = Masks(parts, prompt.blocks)
 
+    @property
+    def rows(self) -> Rows:
+        """What each row holds now."""
+        return self.left.rows
+
+    @property
+    def alive(self) -> Alive:
+        """Visual tokens that are left now."""
+        return self.left.alive
+
     # before the decoder
 
-    def text(self, arguments: dict[str, Any], left: tuple[Tensor, list[int]] | None) -> dict[str, Any]:
+    def text(self, arguments: dict[str, Any], departed: tuple[Tensor, list[int]] | None) -> dict[str, Any]:
         """Apply the tower's cuts and run the `input` stages; called before the text model runs.
 
         Args:
             arguments: of the text model.
-            left: [B, V] ordinal (1, 2, ...) of the tower stage at which each token left, 0 for survivors, and how many
-                survivors each sample should have; or None.
+            departed: [B, V] ordinal (1, 2, ...) of the tower stage at which each token left, 0 for survivors, and how
+                many survivors each sample should have; or None.
         """
         check_per_token(arguments, self.length, "the text model")
         hidden, cache = arguments["inputs_embeds"], arguments.get("past_key_values")
@@ -84,23 +86,19 @@ class Prefill:
         self._mask = None if mask is None else mask.to(home).bool()
         self._masks.begin(cache, self._mask, self.past, self.past + self.length)
         self._groups = Groups(cache, self.past, position, self._mask)
-        self._boundaries = {s.site.index for s in self.stages if s.site.kind == "layer"}
+        self._boundaries = {s.site.index for s in self.left.stages if s.site.kind == "layer"}
         if self._groups.old is not None:
             self._boundaries |= {g.first for g in self._groups.old.groups}
 
         compact = False
-        if left is not None:
-            stages = [s for s in self.stages if s.site.kind == "vision"]
-            records, self.alive = book_departures(stages, self.alive, left[0].to(home), left[1])
-            self.kept.extend(records)
-            if self.alive.counts != list(self.layout.counts):
-                hidden = keep_tokens([hidden], self._drop())[0]
-        for ordinal, stage in enumerate(self.stages):
+        if departed is not None:
+            hidden = self.left.leave_tower(departed[0].to(home), departed[1], hidden)
+        for ordinal, stage in enumerate(self.left.stages):
             if stage.site.kind in ("input", "restart"):
-                if stage.site.kind == "restart" and self._cuts(ordinal):
+                if stage.site.kind == "restart" and self.left.cuts(ordinal):
                     self._ask_pass(stage, self._enter(hidden, arguments, compact))
-                _, hidden = self._stage(ordinal, hidden)
-                compact = compact or (self.pruned and stage.positions == "compact")
+                hidden = self.left.cut(ordinal, hidden, self._ranked)
+                compact = compact or (self.left.pruned and stage.positions == "compact")
         return self._enter(hidden, arguments, compact)
 
     def _enter(self, hidden: Tensor, arguments: dict[str, Any], compact: bool) -> dict[str, Any]:
@@ -125,15 +123,17 @@ class Prefill:
         """What decoder layer `index` runs on; None leaves it as the host has it."""
         if index in self._boundaries and index > 0:
             check_per_token(arguments, self.rows.length, f"decoder layer {index}")
-            cut_index, compact = None, False
+            cut, compact = False, False
             # a pass that a restart breaks off makes no cuts
-            for ordinal, stage in enumerate(self.stages if self._asking is None else ()):
+            for ordinal, stage in enumerate(self.left.stages if self._asking is None else ()):
                 if stage.site == Site("layer", index):
-                    if stage.looks_ahead and self._cuts(ordinal):
+                    cut = self.left.cuts(ordinal)
+                    if stage.looks_ahead and cut:
                         self._ask_layer(stage, hidden, arguments)
-                    cut_index, hidden = self._stage(ordinal, hidden)
-                    compact = self.pruned and stage.positions == "compact"  # also closes gaps of earlier stages
-            if cut_index is not None or compact or self._groups.old is not None:
+                    hidden = self.left.cut(ordinal, hidden)
+                    # also closes gaps of earlier stages
+                    compact = self.left.pruned and stage.positions == "compact"
+            if cut or compact or self._groups.old is not None:
                 self._open_group(index, compact)
                 self.widths.append((index, self.rows.length, list(self.alive.counts)))
                 self._inputs = {}
@@ -225,6 +225,8 @@ class Prefill:
             observe_all([scorer], view, books.alive)
             # stays on the device until a cut reads it
             self.alive.memory = books.alive.memory
+            if self._asking is not None and scorer.drops_text:
+                self._ranked = scorer.score_rows(view)
         if self._asking is not None and scorers:
             raise Answered
 
@@ -232,69 +234,14 @@ class Prefill:
 
     def text_output(self, hidden: Tensor) -> Tensor:
         """[B, M, D] -> [B, N, D], zeros where tokens left, so that logits keep the prompt's length."""
-        return self.rows.scatter_back(hidden, self.length) if self.pruned else hidden
+        return self.rows.scatter_back(hidden, self.length) if self.left.pruned else hidden
 
     def record(self) -> CacheRecord:
         """What the cache must remember of this conversation."""
         return self._groups.record(self.length, self.batch)
 
-    # one cut
-
-    def _keep(self, ordinal: int) -> list[int]:
-        """Survivors that stage `ordinal` asks of each sample."""
-        return [
-            cut_counts(plan.stages[ordinal], [total], [now])[0]
-            for plan, total, now in zip(self.plans, self.layout.counts, self.alive.counts, strict=True)
-        ]
-
-    def _cuts(self, ordinal: int) -> bool:
-        """True if stage `ordinal` drops something."""
-        return self._keep(ordinal) != self.alive.counts
-
-    def _stage(self, ordinal: int, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Run stage `ordinal` on [B, M, D] states.
-
-        Returns:
-            [B, M'] index of the rows that stay (None if all do), and their states.
-        """
-        stage, keep = self.stages[ordinal], self._keep(ordinal)
-        if keep == self.alive.counts:
-            self.kept.append(record_cut(stage.site, self.alive, None))
-            return None, hidden
-        alive, layout = self.alive.to(hidden.device), self.layout.to(hidden.device)
-        rows = self.rows.to(hidden.device).row_of(layout.position.gather(1, alive.original), self.length)
-        visual = keep_tokens([hidden], rows)[0]
-        grids = [[(g.rows, g.cols) for g in sample] for sample in self.layout.grids]
-        text_key = text_keys(self.prompt, self.layout) if stage.scorer.reads_prompt else ()
-        cut = make_cut(stage, alive, visual, keep, layout, grids, text_key, self._want_scores)
-        if cut.owner is not None:
-            merged = merge_tokens(visual, cut.owner, alive.valid)
-            # padding of the V axis is written to a spare row behind the last one
-            rows = rows.masked_fill(~alive.valid, hidden.shape[1])
-            spare = torch.cat([hidden, hidden[:, :1]], 1)
-            hidden = spare.scatter(1, rows[..., None].expand_as(merged), merged)[:, :-1]
-        self.alive = cut.alive.to(self.layout.real.device)
-        self.kept.append(record_cut(stage.site, self.alive, cut))
-        index = self._drop()
-        return index, keep_tokens([hidden], index)[0]
-
-    def _drop(self) -> Tensor:
-        """Take the rows of visual tokens that left out of the sequence; [B, M'] index of those that stay."""
-        position = self.layout.position.gather(1, self.alive.original)
-        marks = torch.zeros(self.batch, self.length, dtype=torch.bool, device=position.device)
-        marks.scatter_(1, position, self.alive.valid)
-        visual = self.prompt.visual
-        if visual is None:
-            raise InputError("a call without image placeholders cannot be pruned.")
-        keep = (self.layout.real & ~visual) | marks
-        self._gone = self.layout.real & ~keep
-        counts = [text + now for text, now in zip(self.text_counts, self.alive.counts, strict=True)]
-        self.rows, index = self.rows.keep(keep, counts)
-        self.pruned = True
-        return index
-
     def _open_group(self, first: int, compact: bool) -> Group:
         """Book the columns that the layers from `first` on will hold."""
-        if compact:
-            self._groups.close_up(self._gone)
-        return self._groups.open(first, self.rows, self.pruned)
+        if compact and self.left.gone is not None:
+            self._groups.close_up(self.left.gone)
+        return self._groups.open(first, self.rows, self.left.pruned)

@@ -50,7 +50,7 @@ def prove(model: nn.Module, family: Family, geometry: Geometry, plan: Plan) -> N
             dry = _DryPrompt.make(parts, len(plan.stages))
             stages = _dry_plan(plan)
             got, kept = _pruned(model, family, geometry, stages, dry)
-            hidden = Hidden.make(dry.visual, stages, kept, geometry.layers)
+            hidden = Hidden.make(dry.visual, dry.real, stages, kept, geometry.layers)
             with hiding(parts, dry.real, hidden):
                 want = dry.run(model)
             with hiding(parts, dry.real, hidden.mirrored(dry.visual)):
@@ -180,6 +180,16 @@ class _Scattered(Scorer):
     def reads_transitions(self) -> bool:
         """See `Scorer.reads_transitions`."""
         return self.inner.reads_transitions
+
+    @property
+    def drops_text(self) -> bool:
+        """See `Scorer.drops_text`."""
+        return self.inner.drops_text
+
+    def score_rows(self, view: AttentionView) -> Tensor:
+        """[B, M] the same for every content."""
+        row = torch.arange(view.key.shape[2] - view.first, device=view.key.device)
+        return (row * 41 % 103).float().expand(len(view.key), -1)
 
     def watches(self, site: Site) -> range:
         """See `Scorer.watches`."""

@@ -149,7 +149,7 @@ class Session:
 
     def _pruned_rows(self) -> Rows | None:
         call = self._calls.decoder
-        return call.rows if isinstance(call, Prefill) and call.pruned else None
+        return call.rows if isinstance(call, Prefill) and call.left.pruned else None
 
     def _observer(self, block: int, scorers: Sequence[Scorer]) -> Callable[..., None]:
         calls = self._calls
@@ -206,8 +206,9 @@ class Session:
         if not acts and left in (None, list(prompt.counts)) and record is None:
             calls.whole = prompt
             return
-        check_call(module, prompt, plans)
-        layout = prompt.layout(real_positions(prompt))
+        real = real_positions(prompt)
+        check_call(module, prompt, real, plans)
+        layout = prompt.layout(real)
         calls.decoder = Prefill(self._parts, prompt, layout, plans, want_scores=self._record_scores)
 
     def _plans(self, prompt: Prompt) -> list[Plan]:
@@ -224,7 +225,7 @@ class Session:
         if not isinstance(call, Prefill) or output is None:
             return
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and (call.pruned or record_of(cache) is not None):
+        if cache is not None and (call.left.pruned or record_of(cache) is not None):
             write_record(cache, call.record())
         self._report = report_pruned(self.geometry, call, vision, self._itemsize())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vtprune.budget import Geometry
 from vtprune.contract import Scorer
@@ -118,8 +119,8 @@ def check_counts(prompt: Prompt, tower_stages: Sequence[Stage]) -> None:
         )
 
 
-def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan]) -> None:
-    """Check that this call can be pruned exactly.
+def check_call(root: nn.Module, prompt: Prompt, real: Tensor, plans: Sequence[Plan]) -> None:
+    """Check that this call can be pruned exactly; `real` [B, N] is False at padding.
 
     Raises:
         InputError: with what was given and what to do instead.
@@ -136,6 +137,14 @@ def check_call(root: nn.Module, prompt: Prompt, plans: Sequence[Plan]) -> None:
             f"attention_mask must be 2-D [batch, length], got {got}. A mask with more axes is tied to the unpruned "
             "length; pass the 2-D mask."
         )
+    if prompt.visual is not None:
+        last = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1, keepdim=True)
+        ends = (prompt.visual & real).gather(1, last)[:, 0]
+        if bool(ends.any()):
+            raise InputError(
+                f"the prompt of sample {int(ends.nonzero()[0, 0])} ends with a visual token, from which the answer "
+                "would be read; pruning may drop it. Put text behind the last image (the model's chat template does)."
+            )
     if root.training and any(getattr(m, "gradient_checkpointing", False) for m in root.modules()):
         raise InputError(
             "activation (gradient) checkpointing runs layers a second time, when this call's pruning is gone. Call "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional
@@ -56,9 +56,10 @@ def filter_scores(
 class GemFilter(Scorer):
     """Runs the first layers on everything, keeps what the last prompt token looks for there, and starts again.
 
-    Paper: GemFilter, arXiv 2409.17422, on text; here it selects visual tokens and keeps all text. The decoder runs up
-    to the queries and keys of layer r, without a cache; `filter_scores` of the last prompt token rank the tokens; then
-    the whole decoder runs on the survivors. The authors' code runs layer r to its end, whose result nobody reads.
+    Paper: GemFilter, arXiv 2409.17422, on text; here it selects visual tokens and keeps all text, unless told
+    otherwise. The decoder runs up to the queries and keys of layer r, without a cache; `filter_scores` of the last
+    prompt token rank the tokens; then the whole decoder runs on the survivors. The authors' code runs layer r to its
+    end, whose result nobody reads.
     Differs from both: survivors keep their positions unless told otherwise, so that the run equals the unpruned model
     with the same tokens hidden, and works under M-RoPE and sliding windows alike.
     The first pass costs r of L layers on every token, so the average over the layers cannot fall below r V / L; it pays
@@ -70,6 +71,10 @@ class GemFilter(Scorer):
         pool: odd window of the smoothing; the paper uses 5.
         count_include_pad: see `filter_scores`.
         positions: "keep", or "compact" (the paper's: survivors are numbered from 0).
+        tokens: "visual" keeps all text. "any" is the paper's: text and visual tokens compete for as many places as all
+            text and the budget's visual tokens would fill, so that it costs the same. Only the prompt's last token is
+            sure to stay, because the answer begins there (the authors' code may lose it). Logits of text that left are
+            those of a zero state, so do not train on them.
 
     Raises:
         PlanError: if a knob is out of range.
@@ -83,6 +88,7 @@ class GemFilter(Scorer):
     pool: int = 5
     count_include_pad: bool = True
     positions: Positions = "keep"
+    tokens: Literal["visual", "any"] = "visual"
 
     def __post_init__(self) -> None:
         layer = self.layer
@@ -92,14 +98,23 @@ class GemFilter(Scorer):
             raise PlanError(f"gemfilter pool must be an odd int >= 1, got {self.pool!r}. The paper uses 5.")
         if self.positions not in ("keep", "compact"):
             raise PlanError(f"gemfilter positions must be 'keep' or 'compact', got {self.positions!r}.")
+        if self.tokens not in ("visual", "any"):
+            raise PlanError(f"gemfilter tokens must be 'visual' or 'any', got {self.tokens!r}.")
+
+    @property
+    def drops_text(self) -> bool:
+        """See `Scorer.drops_text`."""
+        return self.tokens == "any"
+
+    def score_rows(self, view: AttentionView) -> Tensor:
+        """[B, M] smoothed products of all tokens. Keys of earlier calls are not part of the sequence."""
+        real = None if view.real is None else view.real[:, view.first :]
+        key = view.key[:, :, view.first :]
+        return filter_scores(view.query, key, real, pool=self.pool, count_include_pad=self.count_include_pad)
 
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
-        """Remember the smoothed products, `product` [B, V]. Keys of earlier calls are not part of the sequence."""
-        real = None if view.real is None else view.real[:, view.first :]
-        scores = filter_scores(
-            view.query, view.key[:, :, view.first :], real, pool=self.pool, count_include_pad=self.count_include_pad
-        )
-        return {"product": scores.gather(1, view.column - view.first)}
+        """Remember the smoothed products, `product` [B, V]."""
+        return {"product": self.score_rows(view).gather(1, view.column - view.first)}
 
     def score(self, view: TokenView) -> Tensor:
         """[B, V] smoothed products, fp32."""

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import CASES, Row
 
 import vtprune
 from vtprune.bench import timing
 from vtprune.bench.measure import BareDecoder, Prefill, cache_bytes, peak_bytes, shared_copy
-from vtprune.bench.runner import BenchConfig, run_bench
+from vtprune.bench.runner import BenchConfig, _warnings, run_bench
 from vtprune.bench.table import bench_table
 from vtprune.bench.timing import interleaved_medians, summarise
 from vtprune.errors import InputError, UnsupportedModelError
@@ -104,7 +105,7 @@ def test_cache_bytes_counts_what_a_view_keeps_alive() -> None:
     class Cache:
         layers = (Layer(),)
 
-    assert cache_bytes(Cache()) == (80 + 40) * 4
+    assert cache_bytes(Cache()) == ((40 + 40) * 4, (80 + 40) * 4)
 
 
 def test_shared_copy_shares_weights_and_nothing_else() -> None:
@@ -169,12 +170,59 @@ def test_the_bare_decoder_runs_every_length_once_and_averages_over_the_layers(
     seen.clear()
     assert bare.ratio([20] * 4) == pytest.approx(0.6)
     assert not seen, "measured before"
+    # a first pass of two layers on 30 rows, and a quarter of a layer on 20
+    assert bare.ratio([20] * 4, [(30, 2.0), (20, 0.25)]) == pytest.approx((4 * 0.6 + 2 * 0.8 + 0.25 * 0.6) / 4)
 
 
 def test_bare_rows_are_those_of_the_longest_sample() -> None:
     rows = _rows(batch_size=2, keeps=(0.5,))
     assert rows[0]["bare_ratio"] == 1.0
     assert rows[1]["bare_quotient"] == pytest.approx(rows[1]["prefill_flop_ratio"] / rows[1]["bare_ratio"])
+
+
+@pytest.mark.parametrize(
+    ("method", "keep"), [("gemfilter(layer=1)", 0.6), ('gemfilter(layer=1,tokens="any")', 0.6), ("transprune", 0.95)]
+)
+def test_what_is_only_asked_counts_for_the_bare_decoder_too(
+    method: str, keep: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine whose time is the FLOPs the bare quotient is 1."""
+    from vtprune.bench import runner
+    from vtprune.cost import prefill_flops
+
+    model = build_random("mini")
+    shape = vtprune.geometry(model)
+
+    class Ideal(BareDecoder):
+        def __init__(self, model: Any, batch: int, length: int, rounds: int) -> None:
+            full = prefill_flops(shape, [length])
+            self._shares = {n: prefill_flops(shape, [n]) / full for n in range(1, length + 1)}
+
+    monkeypatch.setattr(runner, "BareDecoder", Ideal)
+    row = _rows(batch_size=2, methods=(method,), keeps=(keep,))[-1]
+    assert row["prefill_flop_ratio"] != 1.0
+    assert row["bare_quotient"] == pytest.approx(1.0, rel=1e-9)
+
+
+def test_sliding_caches_are_no_mismatch() -> None:
+    """After a prompt the host's sliding layers hold views, unpruned as pruned."""
+    case = CASES["gemma3"]
+    inputs = case.batch(*[Row((("image", case.sizes[0]),), 3, 9, seed) for seed in range(2)])
+    config = BenchConfig(methods=("uniform",), keeps=(0.5,), rounds=1, decode_steps=1)
+    whole, half = run_bench(case.model(), inputs, config)
+    assert half["kv_bytes"] == half["kv_bytes_counted"] < half["kv_bytes_full"] == whole["kv_bytes"]
+    assert half["kv_bytes_alive_full"] > half["kv_bytes_full"]
+    assert not [w for w in (*whole["warnings"], *half["warnings"]) if "counted" in w]
+
+
+def test_views_in_the_cache_are_told_and_are_no_mismatch() -> None:
+    row = {"keep": 0.5, "total_ratio": 0.5, "peak_bytes": 1, "peak_bytes_full": 2, "kv_bytes": 10, "kv_bytes_full": 20}
+    row |= {"kv_bytes_counted": 10, "kv_bytes_alive": 10, "kv_bytes_alive_full": 20}
+    assert _warnings(row) == []
+    assert _warnings({**row, "kv_bytes_counted": 9}) == ["the cache holds 10 bytes, counted were 9"]
+    assert _warnings({**row, "kv_bytes_alive": 15}) == [
+        "the cache keeps 1.50 x its bytes alive behind views, unpruned 1.00 x"
+    ]
 
 
 def test_bench_says_what_a_schedule_cannot_reach(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,25 +132,41 @@ class BareDecoder:
         self._length, self._rounds = length, rounds
         self._shares: dict[int, float] = {length: 1.0}
 
-    def ratio(self, lengths: Sequence[int], progress: Callable[[str], object] | None = None) -> float:
-        """Time of decoder layers that see `lengths` rows each, as a share of the unpruned prompt's."""
-        missing = sorted(set(lengths) - set(self._shares))
+    def ratio(
+        self,
+        lengths: Sequence[int],
+        beside: Sequence[tuple[int, float]] = (),
+        progress: Callable[[str], object] | None = None,
+    ) -> float:
+        """Time of decoder layers as a share of the unpruned prompt's.
+
+        Args:
+            lengths: rows that each layer sees.
+            beside: what ran only to be asked: rows, and how much of a layer they passed through.
+            progress: called after every timed call.
+        """
+        missing = sorted({*lengths, *(n for n, _ in beside)} - set(self._shares))
         if missing:
             runs = {str(n): partial(self._run, n) for n in (self._length, *missing)}
             times = interleaved_medians(runs, self._rounds, warmup=1, progress=progress)
             full = times[str(self._length)].median_s
             self._shares |= {n: times[str(n)].median_s / full for n in missing}
-        return sum(self._shares[n] for n in lengths) / len(lengths)
+        total = sum(self._shares[n] for n in lengths) + sum(self._shares[n] * part for n, part in beside)
+        return total / len(lengths)
 
     def _run(self, length: int) -> Any:
         with torch.no_grad():
             return self._decoder(inputs_embeds=self._states[:, :length], use_cache=True)
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes that the keys and values of a cache keep alive: their storages, so that a view counts in full."""
+def cache_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes of a cache's keys and values, and those that they keep alive.
+
+    The two differ where a tensor is a view of a longer one, as the host's sliding layers are after a prompt.
+    """
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(t.nbytes for t in tensors), sum(storages.values())
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

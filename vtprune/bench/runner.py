@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vtprune.bench.measure import BareDecoder, Decoder, Prefill, cache_bytes, peak_bytes, shared_copy
 from vtprune.bench.provenance import provenance
 from vtprune.bench.timing import Timing, interleaved_medians, summarise
+from vtprune.cost import prefill_flops, projection_flops
 from vtprune.errors import BudgetError, InputError
+
+if TYPE_CHECKING:
+    from vtprune import Report, Session
 
 __all__ = ["BenchConfig", "is_all", "run_bench"]
 
@@ -161,7 +165,7 @@ def _time_cells(
         if cell.session is None:
             continue
         report = reports[name]
-        bare_ratio = bare.ratio(_rows_per_layer(report), tell)
+        bare_ratio = bare.ratio(_rows_per_layer(report), _asked(cell.session, report), tell)
         row: dict[str, Any] = {
             "keep": cell.keep,
             "possible": True,
@@ -184,20 +188,37 @@ def _time_cells(
             "decode_ratio": decode[name].median_s / decode[_FULL].median_s,
             "peak_bytes": peak[name],
             "peak_bytes_full": peak[_FULL],
-            "kv_bytes": kv[name],
-            "kv_bytes_full": kv[_FULL],
+            "kv_bytes": kv[name][0],
+            "kv_bytes_full": kv[_FULL][0],
+            "kv_bytes_alive": kv[name][1],
+            "kv_bytes_alive_full": kv[_FULL][1],
             "kv_bytes_counted": report.kv_bytes,
         }
         row["warnings"] = _warnings(row)
         yield row
 
 
-def _rows_per_layer(report: Any) -> list[int]:
+def _rows_per_layer(report: Report) -> list[int]:
     """Rows that enter each decoder layer: of the sample that has most, to which the others are padded."""
     samples = [
-        [text + n for n in tokens] for text, tokens in zip(report.text_tokens, report.tokens_per_layer, strict=True)
+        [text + n for n in tokens] for text, tokens in zip(report.text_kept, report.tokens_per_layer, strict=True)
     ]
     return [max(layer) for layer in zip(*samples, strict=True)]
+
+
+def _asked(session: Session, report: Report) -> list[tuple[int, float]]:
+    """Rows, and how much of a decoder layer they passed only to be asked: the first passes of restarts, and the
+    queries, keys and values of layers that look ahead. Of the sample that has most.
+    """
+    text, visual = max(zip(report.text_tokens, report.visual_tokens, strict=True), key=sum)
+    shape = session.geometry.for_prompt(visual, text, 1)
+    passes = session.plan.passes(shape.entering, visual)
+    asked = [*passes, *session.plan.looks_ahead(shape.entering, visual)]
+    parts = [(text + n, float(layers)) for layers, n in passes if layers]
+    for _, n in asked:
+        rows = text + n
+        parts.append((rows, projection_flops(shape, rows) / prefill_flops(shape, [rows])))
+    return parts
 
 
 def _peak(cell: _Cell) -> int:
@@ -233,4 +254,10 @@ def _warnings(row: dict[str, Any]) -> list[str]:
         found.append(f"peak memory rises: {row['peak_bytes'] / row['peak_bytes_full']:.2f} x the unpruned prefill")
     if row["kv_bytes"] != row["kv_bytes_counted"]:
         found.append(f"the cache holds {row['kv_bytes']} bytes, counted were {row['kv_bytes_counted']}")
+    if row["kv_bytes_alive"] > row["kv_bytes"]:
+        full = row["kv_bytes_alive_full"] / row["kv_bytes_full"]
+        found.append(
+            f"the cache keeps {row['kv_bytes_alive'] / row['kv_bytes']:.2f} x its bytes alive behind views, unpruned "
+            f"{full:.2f} x"
+        )
     return found

@@ -40,6 +40,7 @@ __all__ = [
     "Site",
     "Stage",
     "UnsupportedModelError",
+    "Verification",
     "VtpruneError",
     "__version__",
     "draw_kept",
@@ -48,6 +49,7 @@ __all__ = [
     "load_tiny",
     "methods",
     "prune",
+    "verify",
 ]
 
 # torch and transformers are imported when a name that needs them is first used, so that `vtprune --help` is quick
@@ -66,11 +68,13 @@ _HOMES = {
     "Site": "vtprune.plan",
     "Stage": "vtprune.plan",
     "UnsupportedModelError": "vtprune.errors",
+    "Verification": "vtprune.hooks.verify",
     "VtpruneError": "vtprune.errors",
     "draw_kept": "vtprune.draw",
     "geometry": "vtprune.hooks",
     "load_tiny": "vtprune.tiny",
     "prune": "vtprune.hooks",
+    "verify": "vtprune.hooks.verify",
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtprune.contract import AttentionView, Memory, Scorer, TokenView
 from vtprune.errors import PlanError
+from vtprune.hooks.stopwatch import scoring
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.layout import Layout
 from vtprune.plan import Site, Stage
@@ -93,6 +94,7 @@ def cut_counts(stage: Stage, totals: Sequence[int], alive: Sequence[int]) -> lis
     return [min(stage.count(total), now) for total, now in zip(totals, alive, strict=True)]
 
 
+@scoring()
 @torch.no_grad()
 def observe_all(scorers: Sequence[Scorer], view: AttentionView, alive: Alive, patches: int = 1) -> None:
     """Let scorers read a block. Choices are indices, so no gradient passes through what they are made from.
@@ -111,6 +113,7 @@ def observe_all(scorers: Sequence[Scorer], view: AttentionView, alive: Alive, pa
         alive.memory[scorer.name] = after
 
 
+@scoring()
 @torch.no_grad()
 def make_cut(
     stage: Stage,

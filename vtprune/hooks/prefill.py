@@ -23,6 +23,7 @@ from vtprune.hooks.families.base import Parts, Prompt
 from vtprune.hooks.groups import Groups
 from vtprune.hooks.masks import Masks
 from vtprune.hooks.rows import Rows
+from vtprune.hooks.stopwatch import scoring
 from vtprune.hooks.survivors import Survivors
 from vtprune.hooks.views import Books, Seen
 from vtprune.kernels.keep_tokens import keep_tokens
@@ -193,6 +194,7 @@ class Prefill:
             self._asking = None
         self.asked.append(self.rows.length)
 
+    @scoring()
     def observe_transition(
         self,
         layer: int,
@@ -220,13 +222,14 @@ class Prefill:
         if self._asking is not None:
             scorers = (self._asking.scorer,) if self._asking.site.index == block else ()
         for scorer in scorers:
-            books = Books.on(seen.query.device, self.rows, self.alive, self.layout)
-            view = books.attention(block, seen, scorer.queries, self._groups.newest, self._masks)
-            observe_all([scorer], view, books.alive)
-            # stays on the device until a cut reads it
-            self.alive.memory = books.alive.memory
-            if self._asking is not None and scorer.drops_text:
-                self._ranked = scorer.score_rows(view)
+            with scoring():
+                books = Books.on(seen.query.device, self.rows, self.alive, self.layout)
+                view = books.attention(block, seen, scorer.queries, self._groups.newest, self._masks)
+                observe_all([scorer], view, books.alive)
+                # stays on the device until a cut reads it
+                self.alive.memory = books.alive.memory
+                if self._asking is not None and scorer.drops_text:
+                    self._ranked = scorer.score_rows(view)
         if self._asking is not None and scorers:
             raise Answered
 

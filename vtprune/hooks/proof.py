@@ -28,13 +28,13 @@ from vtprune.layout import ImageGrid
 from vtprune.plan import Plan, Site, Stage
 from vtprune.report import Kept
 
-__all__ = ["prove"]
+__all__ = ["CONTRAST", "ROUNDING", "prove"]
 
 _ROWS, _PADDED = 5, 3
 # pruned and hidden may differ by this share of the outputs' spread: rounding, no more
-_ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 # hiding other tokens must differ by so many times more
-_CONTRAST = {torch.float32: 10.0, torch.float16: 5.0, torch.bfloat16: 3.0}
+CONTRAST = {torch.float32: 10.0, torch.float16: 5.0, torch.bfloat16: 3.0}
 
 
 def prove(model: nn.Module, family: Family, geometry: Geometry, plan: Plan) -> None:
@@ -74,8 +74,8 @@ def _judge(name: str, where: str, got: Tensor, want: Tensor, other: Tensor, dtyp
     Raises:
         UnsupportedModelError: if they differ where they must not, or do not where they must.
     """
-    coarse = max((dtype, want.dtype), key=lambda d: _ROUNDING.get(d, 0.0))
-    allowed, contrast = _ROUNDING.get(coarse, 1e-3), _CONTRAST.get(coarse, 10.0)
+    coarse = max((dtype, want.dtype), key=lambda d: ROUNDING.get(d, 0.0))
+    allowed, contrast = ROUNDING.get(coarse, 1e-3), CONTRAST.get(coarse, 10.0)
     spread = want.float().std()
     errors, controls = ((x.float() - want.float()).square().mean(1).sqrt() / spread for x in (got, other))
     # in half precision rounding may send a token to another expert; what is wrong with pruning shows in most rows

@@ -132,7 +132,7 @@ class Session:
         pre(parts.text_model, self._on_text)
         post(parts.text_model, self._after_text)
         if self.geometry.deepstack:
-            self._undo.append(attach_deepstack(parts.text_model, self._pruned_rows))
+            self._undo.append(attach_deepstack(parts.text_model, self.pruned_rows))
         # every layer may differ from the text model's own input, in a cache that another plan pruned or by its mask
         for index, layer in enumerate(parts.layers):
             pre(layer, self._on_layer(index))
@@ -147,7 +147,8 @@ class Session:
         if self._tower is not None:
             self._tower.attach(pre, post, self._undo)
 
-    def _pruned_rows(self) -> Rows | None:
+    def pruned_rows(self) -> Rows | None:
+        """What each row of the prefill that runs now holds, if a token has left."""
         call = self._calls.decoder
         return call.rows if isinstance(call, Prefill) and call.left.pruned else None
 

@@ -16,6 +16,7 @@ from vtprune.hooks.alive import Alive, cut_counts, make_cut, record_cut
 from vtprune.hooks.departures import book_departures
 from vtprune.hooks.families.base import Prompt
 from vtprune.hooks.rows import Rows
+from vtprune.hooks.stopwatch import scoring
 from vtprune.hooks.views import text_keys
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.kernels.merge_tokens import merge_tokens
@@ -113,6 +114,7 @@ class Survivors:
         self.kept.append(record_cut(stage.site, self.alive, cut, self._text_indices() if dropped else None))
         return self._drop(hidden)
 
+    @scoring()
     def _share(self, ranked: Tensor, keep: list[int]) -> list[int]:
         """Let text and visual tokens compete for as many rows as all text and `keep` visual tokens would fill.
 

@@ -64,21 +64,15 @@ def test_keep_all_is_bit_identical(case: Case, attention: str) -> None:
     assert report.visual_tokens == tuple(case.visual(inputs["input_ids"]).sum(1).tolist())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("method", "keep"), METHODS, ids=IDS)
-@pytest.mark.parametrize("rows", [one, ragged])
-@torch.no_grad()
-def test_pruned_run_equals_masked_oracle(case: Case, rows: Any, method: str, keep: Any, attention: str) -> None:
-    model, inputs = case.model(attention), case.batch(*rows(case))
+def equals_masked_oracle(case: Case, attention: str, rows: tuple[Row, ...], method: Any, keep: Any) -> vtprune.Report:
+    """Logits, scores and tokens are those of the unpruned model with the dropped keys hidden, and with no others."""
+    model, inputs = case.model(attention), case.batch(*rows)
     with vtprune.prune(model, method, keep) as session:
-        logits = model(**inputs).logits
-        out = model.generate(**inputs, **GREEDY)
-        report = session.report
+        logits, out, report = model(**inputs).logits, model.generate(**inputs, **GREEDY), session.report
     visual = case.visual(inputs["input_ids"])
     hidden = hidden_keys(report, inputs["input_ids"], LAYERS, visual)
     with masked(model, hidden):
-        want = model(**inputs).logits
-        ref = model.generate(**inputs, **GREEDY)
+        want, ref = model(**inputs).logits, model.generate(**inputs, **GREEDY)
     seen = inputs["attention_mask"].bool() & ~hidden[-1]
     torch.testing.assert_close(logits[seen], want[seen], **EXACT)
     assert torch.equal(out.sequences, ref.sequences)
@@ -89,6 +83,15 @@ def test_pruned_run_equals_masked_oracle(case: Case, rows: Any, method: str, kee
     with masked(model, wrong):
         off = (model(**inputs).logits[seen] - logits[seen]).abs().max()
     assert off > 1e-3, "the oracle must notice when other tokens are hidden"
+    return report
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("method", "keep"), METHODS, ids=IDS)
+@pytest.mark.parametrize("rows", [one, ragged])
+@torch.no_grad()
+def test_pruned_run_equals_masked_oracle(case: Case, rows: Any, method: str, keep: Any, attention: str) -> None:
+    equals_masked_oracle(case, attention, rows(case), method, keep)
 
 
 @pytest.mark.parametrize(
@@ -115,18 +118,8 @@ NAMED: dict[str, Any] = {"gemfilter": ASKING[0], "transprune": ASKING[1]}
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_layers_that_are_asked_equal_masked_oracle(case: Case, attention: str) -> None:
-    model, inputs = case.model(attention), case.batch(*ragged(case))
-    with vtprune.prune(model, ASKING, [0.75, 0.45]) as session:
-        logits, out, report = model(**inputs).logits, model.generate(**inputs, **GREEDY), session.report
+    report = equals_masked_oracle(case, attention, ragged(case), ASKING, [0.75, 0.45])
     assert [str(record.site) for record in report.kept] == ["restart[1]", "layer[1]", "layer[2]", "layer[3]"]
-    hidden = hidden_keys(report, inputs["input_ids"], LAYERS, case.visual(inputs["input_ids"]))
-    with masked(model, hidden):
-        want, ref = model(**inputs).logits, model.generate(**inputs, **GREEDY)
-    seen = inputs["attention_mask"].bool() & ~hidden[-1]
-    torch.testing.assert_close(logits[seen], want[seen], **EXACT)
-    assert torch.equal(out.sequences, ref.sequences)
-    for got, wanted in zip(out.scores, ref.scores, strict=True):
-        torch.testing.assert_close(got, wanted, **EXACT)
 
 
 @torch.no_grad()
@@ -169,16 +162,7 @@ def test_videos_equal_masked_oracle(case: Case, method: str) -> None:
         Row((("video", case.videos[0]),), 3, 5, 0),
         Row((("image", case.sizes[0]) if case.mixes else ("video", case.videos[1]),), 1, 3, 4),
     )
-    model, inputs = case.model(), case.batch(*rows)
-    with vtprune.prune(model, method, 0.5) as session:
-        logits, out = model(**inputs).logits, model.generate(**inputs, **GREEDY)
-        report = session.report
-    hidden = hidden_keys(report, inputs["input_ids"], LAYERS, case.visual(inputs["input_ids"]))
-    with masked(model, hidden):
-        want, ref = model(**inputs).logits, model.generate(**inputs, **GREEDY)
-    seen = inputs["attention_mask"].bool() & ~hidden[-1]
-    torch.testing.assert_close(logits[seen], want[seen], **EXACT)
-    assert torch.equal(out.sequences, ref.sequences)
+    equals_masked_oracle(case, "sdpa", rows, method, 0.5)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from family_models import CASES, Row
 from oracle import hidden_keys, masked
-from scorer_views import LLAVA
+from scorer_views import LLAVA, Sample, attention_view
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,8 +71,9 @@ def test_scores_equal_the_authors_function() -> None:
 def test_padding_counts_like_the_outside(count_include_pad: bool) -> None:
     key = torch.cat([torch.full((1, 2, 3, 4), 1e4), KEY], 2)
     real = torch.tensor([[False] * 3 + [True] * 9])
-    found = filter_scores(QUERY, key, real, count_include_pad=count_include_pad)[:, 3:]
-    torch.testing.assert_close(found, filter_scores(QUERY, KEY, count_include_pad=count_include_pad))
+    found = filter_scores(QUERY, key, real, count_include_pad=count_include_pad)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:, 3:], filter_scores(QUERY, KEY, count_include_pad=count_include_pad))
 
 
 def test_query_heads_of_a_group_share_a_key() -> None:
@@ -82,13 +83,30 @@ def test_query_heads_of_a_group_share_a_key() -> None:
     torch.testing.assert_close(filter_scores(query, key), repeated)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_keys_of_earlier_calls_count_like_the_outside(padded: bool) -> None:
+    samples = [Sample(((2, 3),)), Sample(((3, 3),), 1)] if padded else [Sample(((2, 3),))]
+    view = attention_view(samples, poison=0.0)
+    view = view if padded else dataclasses.replace(view, real=None)
+    earlier = torch.full((*view.key.shape[:2], 3, view.key.shape[3]), 1e4)
+    later = dataclasses.replace(
+        view,
+        key=torch.cat([earlier, view.key], 2),
+        real=None if view.real is None else torch.cat([view.real.new_ones(len(samples), 3), view.real], 1),
+        column=view.column + 3,
+        first=3,
+    )
+    want = GemFilter().observe(view, {})["product"]
+    torch.testing.assert_close(GemFilter().observe(later, {})["product"], want)
+
+
 # schedule
 
 
 def test_the_first_pass_counts() -> None:
     plan = GemFilter().plan(LLAVA, Budget(300))
     (stage,) = plan.stages
-    assert str(stage.site) == "restart[13]"
+    assert (str(stage.site), stage.scorer) == ("restart[13]", GemFilter(layer=13))
     assert plan.passes(LLAVA.entering, 576) == ((13, 576),)
     # 13 layers of 576 tokens, then 32 of what is left
     assert (
@@ -159,10 +177,12 @@ def test_products_equal_those_by_hand(name: str, attention: str) -> None:
     case = CASES[name]
     inputs = case.batch(Row((("image", case.sizes[0]),), 3, 5, 0), Row((("image", case.sizes[1]),), 1, 9, 1))
     model = case.model(attention)
-    with vtprune.prune(model, GemFilter(layer=2), 5, basis="final", record_scores=True) as session:
-        model(**inputs)
-        scores = session.report.kept[0].scores
-    assert scores is not None
+    found = {}
+    for knobs in (5, True), (3, False):
+        method = GemFilter(layer=2, pool=knobs[0], count_include_pad=knobs[1])
+        with vtprune.prune(model, method, 5, basis="final", record_scores=True) as session:
+            model(**inputs)
+            found[knobs] = session.report.kept[0].scores
     plain, seen = case.model(attention), []
     module = plain.model.language_model.layers[2].self_attn
     undo = attach_probe(module, lambda q, k, v, scaling, softcap: seen.append((q, k)))
@@ -176,9 +196,11 @@ def test_products_equal_those_by_hand(name: str, attention: str) -> None:
         if name == "gemma3":
             # the layer slides: keys outside the window of the last token are not seen
             raw = [x if n > len(real) - 1 - 12 else 0.0 for n, x in enumerate(raw)]
-        padded = [0.0, 0.0, *raw, 0.0, 0.0]
-        want = torch.tensor([sum(padded[n : n + 5]) / 5 for n in range(len(real))])[visual]
-        torch.testing.assert_close(scores[b], want, rtol=1e-4, atol=1e-5)
+        inside = [float(x != 0.0) for x in raw]
+        for (pool, outside), scores in found.items():
+            near = [slice(max(0, n - pool // 2), n + pool // 2 + 1) for n in range(len(raw))]
+            want = [sum(raw[part]) / (pool if outside else max(1.0, sum(inside[part]))) for part in near]
+            torch.testing.assert_close(scores[b], torch.tensor(want)[visual], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

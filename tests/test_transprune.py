@@ -11,14 +11,16 @@ import pytest
 import torch
 from family_models import CASES, LAYERS, Row
 from oracle import hidden_keys, masked
-from scorer_views import LLAVA
+from scorer_views import LLAVA, Sample, token_view, transition_view
 from torch import Tensor
 
 import vtprune
 from vtprune.budget import Budget
 from vtprune.cost import image_macs, plan_cost
 from vtprune.errors import BudgetError, PlanError
-from vtprune.plan import Plan
+from vtprune.hooks.validate import asked_layers, watched_transitions
+from vtprune.plan import Plan, Site
+from vtprune.scorers import transprune
 from vtprune.scorers.transprune import TransPrune, transition_variation
 
 NEXT = dataclasses.replace(LLAVA, visual_tokens=2880, entering=())
@@ -52,6 +54,41 @@ def test_transitions_of_padding_are_not_read() -> None:
     found = transition_variation(torch.cat([pad, BEFORE], 1), torch.cat([pad, AFTER], 1), real)
     torch.testing.assert_close(found[:, 2:], transition_variation(BEFORE, AFTER))
     assert (found[:, :2] == 0).all()
+    # nor is a sample of padding alone
+    assert (transition_variation(BEFORE, AFTER, torch.zeros(1, 5, dtype=torch.bool)) == 0).all()
+
+
+def test_transitions_of_half_precision_are_computed_in_fp32() -> None:
+    halves = BEFORE.bfloat16(), AFTER.bfloat16()
+    found, want = transition_variation(*halves), transition_variation(*(t.float() for t in halves))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+
+
+def test_a_token_of_zeros_has_no_transition() -> None:
+    before, after = BEFORE.clone(), AFTER.clone()
+    before[:, 1] = after[:, 1] = 0.0
+    found = transition_variation(before, after)
+    assert found[0, 1] == 0
+    # its turn, 1 - 0, is weighed against the others'
+    turns = (1 - torch.cosine_similarity(before, after, dim=-1)).exp()
+    want = after.norm(dim=-1) / BEFORE.norm(dim=-1) * turns / turns.sum()
+    torch.testing.assert_close(found, want)
+
+
+def test_the_direction_is_passed_on() -> None:
+    view = transition_view([Sample(((2, 3),)), Sample(((3, 3),), 1)], 0, "mlp", poison=0.0)
+    for direction in ("signed", "absolute"):
+        found = TransPrune(direction=direction).observe_transition(view, {})["ttv"]  # type: ignore[arg-type]
+        whole = transition_variation(view.before, view.after, view.real, direction=direction)  # type: ignore[arg-type]
+        assert torch.equal(found, whole.gather(1, view.column))
+
+
+def test_a_signal_without_a_sum_counts_nothing() -> None:
+    """The instruction sees no image through a sliding window: the transitions decide."""
+    ttv = torch.tensor([[1.0, 3.0, 2.0, 2.0]])
+    view = token_view([Sample(((2, 2),))], [2], {"ttv": ttv, "iga": torch.zeros(1, 4)})
+    torch.testing.assert_close(TransPrune(alpha=0.25).score(view), 0.25 * ttv / 8)
 
 
 # schedule
@@ -71,6 +108,12 @@ def test_the_high_setting_costs_what_the_paper_says(
     assert image_macs(geometry, tokens) / 1e12 == pytest.approx(tera, abs=5e-7)
     # the solver, asked for as many tokens at the end, finds the same schedule
     assert TransPrune().plan(geometry, Budget(final, "final")) == own
+
+
+@pytest.mark.parametrize(("total", "counts"), [(30, [26, 18, 3]), (4, [3, 2, 1]), (0, [1, 1, 1])])
+def test_ratios_are_cut_off_and_leave_a_token(total: int, counts: list[int]) -> None:
+    plan = TransPrune().plan(dataclasses.replace(LLAVA, visual_tokens=total, entering=()), Budget(None))
+    assert [s.keep for s in plan.stages] == counts
 
 
 @pytest.mark.parametrize(("entering", "tera"), [(288, 0.66), (192, 0.44)])
@@ -102,9 +145,22 @@ def test_layers_scale_with_depth_and_can_be_set() -> None:
     assert [s.site.index for s in plan.stages] == [2, 5, 10]
     assert [list(s.scorer.watches(s.site)) for s in plan.stages] == [list(range(n)) for n in (2, 5, 10)]
     # the paper's: transitions of layers 6 to 11 (counted from 0)
-    stages = TransPrune().plan(LLAVA, Budget(None)).stages
-    assert [list(s.scorer.watches(s.site)) for s in stages] == [[6], [6, 7, 8], [6, 7, 8, 9, 10, 11]]
+    for since in (None, 6, 30):
+        stages = TransPrune(since=since).plan(LLAVA, Budget(None)).stages
+        assert [list(s.scorer.watches(s.site)) for s in stages] == [[6], [6, 7, 8], [6, 7, 8, 9, 10, 11]]
+    # in a stage written by hand
+    assert [list(TransPrune(since=n).watches(Site("layer", 7))) for n in (None, 5, 9)] == [[6], [5, 6], [6]]
     assert Plan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize(
+    ("signals", "asked", "watched"),
+    [("both", [7, 9, 12], [6, 7, 8, 9, 10, 11]), ("ttv", [], [6, 7, 8, 9, 10, 11]), ("iga", [7, 9, 12], [])],
+)
+def test_only_signals_that_count_are_read(signals: Any, asked: list[int], watched: list[int]) -> None:
+    plan = TransPrune(signals=signals).plan(LLAVA, Budget(None))
+    assert [layer for layer, _ in plan.looks_ahead(LLAVA.entering, 576)] == sorted(asked_layers(plan)) == asked
+    assert list(watched_transitions(plan)) == watched
 
 
 @pytest.mark.parametrize("positions", ["keep", "compact"])
@@ -119,11 +175,16 @@ def test_positions_are_passed_on(positions: Any) -> None:
         ({"direction": "up"}, "direction must be 'signed' or 'absolute'"),
         ({"positions": "shift"}, "positions must be 'keep' or 'compact', got 'shift'"),
         ({"alpha": 1.5}, r"alpha must be a number in \[0, 1\], got 1.5"),
+        ({"alpha": True}, "alpha must be a number"),
+        ({"alpha": "0.5"}, "alpha must be a number"),
         ({"ratios": (0.5, 0.6, 0.1)}, "ratios must fall from below 1 to above 0"),
         ({"ratios": (1.0, 0.5)}, "ratios must fall"),
+        ({"ratios": (0.5, 0.0)}, "ratios must fall"),
+        ({"ratios": ()}, "ratios must fall"),
         ({"layers": (7, 9)}, "layers must be 3 increasing numbers"),
         ({"layers": (0, 9, 12)}, "layers must be 3 increasing numbers"),
         ({"since": -1}, "since must be a layer >= 0"),
+        ({"since": True}, "since must be a layer >= 0 or None, got True"),
     ],
 )
 def test_bad_knobs(knobs: dict[str, Any], message: str) -> None:
@@ -131,9 +192,17 @@ def test_bad_knobs(knobs: dict[str, Any], message: str) -> None:
         TransPrune(**knobs)
 
 
-def test_layers_beyond_the_model() -> None:
-    with pytest.raises(PlanError, match=r"needs 3 layers below 32 \(the decoder's\), got \(7, 9, 40\)"):
-        TransPrune(layers=(7, 9, 40)).plan(LLAVA, Budget(0.9))
+@pytest.mark.parametrize(
+    ("knobs", "depth", "message"),
+    [
+        ({"layers": (7, 9, 32)}, 32, r"needs 3 layers below 32 \(the decoder's\), got \(7, 9, 32\)"),
+        ({}, 3, r"needs 3 layers below 3 \(the decoder's\), got \(1, 2, 2\)"),
+        ({"ratios": (0.5, 0.1)}, 32, r"needs 2 layers below 32 \(the decoder's\), got \(7, 9, 12\)"),
+    ],
+)
+def test_layers_that_the_model_or_the_ratios_do_not_have(knobs: dict[str, Any], depth: int, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        TransPrune(**knobs).plan(dataclasses.replace(LLAVA, layers=depth, entering=()), Budget(0.9))
 
 
 # signals, by hand
@@ -169,13 +238,15 @@ def by_hand(case: Any, inputs: dict[str, Any], cut: int, since: int) -> list[tup
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "paligemma2"])
 @torch.no_grad()
-def test_scores_equal_the_formula_by_hand(name: str, attention: str) -> None:
+def test_scores_equal_the_formula_by_hand(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged in every way: positions, visual tokens and tokens that ask, of which a few at a time are looked at."""
+    monkeypatch.setattr(transprune, "_ROWS", 20)
     case = CASES[name]
     rows = (
-        Row((("image", case.sizes[0]),), 3, 5, 0),
-        Row((("image", case.sizes[1]), ("image", case.sizes[2])), 1, 9, 1),
+        Row((("image", case.sizes[0]),), 1, 30, 0),
+        Row((("image", case.sizes[1]), ("image", case.sizes[2])), 1, 2, 1),
     )
     inputs = case.batch(*rows)
     scores = {}

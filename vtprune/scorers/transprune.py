@@ -83,7 +83,7 @@ class TransPrune(Scorer):
         signals: "both", "ttv" (transitions alone) or "iga" (attention alone).
         direction: "signed" or "absolute" cosine.
         normalise: divide both signals by their sums; False compares them raw, as the paper writes.
-        since: first layer whose transitions count; None is the one in front of the first cut.
+        since: first layer whose transitions count; None is the one in front of the first cut, also the latest one.
         positions: "keep", or "compact" (the paper's: the sequence is renumbered after each cut).
 
     Raises:
@@ -142,7 +142,8 @@ class TransPrune(Scorer):
 
     def watches(self, site: Site) -> range:
         """Layers whose transitions count before a cut at `site`."""
-        return range(site.index - 1 if self.since is None else min(self.since, site.index), site.index)
+        latest = site.index - 1
+        return range(latest if self.since is None else min(self.since, latest), site.index)
 
     def observe_transition(self, view: TransitionView, memory: Memory) -> Memory:
         """Add a sublayer's transitions to `ttv`, [B, V]."""
@@ -206,6 +207,6 @@ class TransPrune(Scorer):
         dropped = [(1.0 - ratio) / (1.0 - self.ratios[-1]) for ratio in self.ratios]
 
         def build(last: int) -> Plan:
-            return stages([math.floor(entering - max(0, entering - last) * share + 0.5) for share in dropped])
+            return stages([math.floor(entering - (entering - last) * share + 0.5) for share in dropped])
 
         return solve(build, geometry, budget, method=self.name, knob="layers")

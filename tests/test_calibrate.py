@@ -106,6 +106,14 @@ def test_the_model_is_left_unpruned() -> None:
     assert torch.equal(model(**PROMPTS[0]).logits, before)
 
 
+def test_generation_settings_of_the_checkpoint_change_nothing() -> None:
+    model, want = llava(), calibrate_gemfilter(llava(), PROMPTS, KEEP, [1], max_new_tokens=STEPS)
+    for settings in ({"do_sample": True, "temperature": 9.0}, {"num_beams": 3}):
+        for name, value in settings.items():
+            setattr(model.generation_config, name, value)
+        assert calibrate_gemfilter(model, PROMPTS, KEEP, [1], max_new_tokens=STEPS) == want
+
+
 def test_two_thirds_of_the_depth_are_tried() -> None:
     assert candidate_layers(12) == list(range(9))
     assert candidate_layers(LAYERS) == [0, 1, 2]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_models import CASES, Row
 from oracle import hidden_keys, masked
 from scorer_views import LLAVA, Sample, attention_view
@@ -17,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtprune
 from vtprune.budget import Budget
 from vtprune.cost import plan_cost
-from vtprune.errors import BudgetError, PlanError
+from vtprune.errors import BudgetError, HostContractError, PlanError
+from vtprune.hooks.asking import ask
 from vtprune.hooks.probe import attach_probe
 from vtprune.plan import Plan, Site, Stage
 from vtprune.scorers.gemfilter import GemFilter, filter_scores
@@ -203,6 +205,42 @@ def test_products_equal_those_by_hand(name: str, attention: str) -> None:
             torch.testing.assert_close(scores[b], torch.tensor(want)[visual], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", [True, False])
+@torch.no_grad()
+def test_products_of_a_later_turn_equal_those_by_hand(mask: bool) -> None:
+    case = CASES["llava"]
+    model, first = case.model(), case.batch(Row((), 7, 0, 5))
+    turn = case.batch(Row((("image", None),), 1, 5, 1))
+    turn["attention_mask"] = torch.cat([first["attention_mask"], turn["attention_mask"]], 1) if mask else None
+    with vtprune.prune(model, GemFilter(layer=2), 5, basis="final", record_scores=True) as session:
+        model(**turn, past_key_values=model(**first).past_key_values)
+        scores = session.report.kept[0].scores
+    cache, seen = model(**first).past_key_values, []
+    undo = attach_probe(model.model.language_model.layers[2].self_attn, lambda q, k, *rest: seen.append((q, k)))
+    model(**turn, past_key_values=cache)
+    undo()
+    query, key = seen[0]
+    want = filter_scores(query[:, :, -1:], key[:, :, first["input_ids"].shape[1] :])
+    assert scores is not None
+    torch.testing.assert_close(scores[0], want[case.visual(turn["input_ids"])], rtol=1e-4, atol=1e-5)
+
+
+def shortened(model: Any, inputs: dict[str, Any], visual: Tensor, kept: Tensor, positions: str) -> dict[str, Any]:
+    """A LLaVA prompt that never held other visual tokens than `kept`."""
+    places = visual[0].nonzero()[:, 0]
+    stays = ~visual[0]
+    stays[places[kept]] = True
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds[0, places] = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    position = stays.nonzero()[:, 0] if positions == "keep" else torch.arange(int(stays.sum()))
+    # a mask, or the host reads gaps as the ends of sequences
+    return {
+        "inputs_embeds": embeds[:, stays],
+        "position_ids": position[None],
+        "attention_mask": torch.ones(1, len(position), dtype=torch.long),
+    }
+
+
 @torch.no_grad()
 def test_compact_positions_equal_a_prompt_that_never_held_the_tokens() -> None:
     case = CASES["llava"]
@@ -210,14 +248,33 @@ def test_compact_positions_equal_a_prompt_that_never_held_the_tokens() -> None:
     with vtprune.prune(model, GemFilter(layer=2, positions="compact"), 6, basis="final") as session:
         got = model.generate(**inputs, max_new_tokens=5, do_sample=False)
         kept = session.report.kept[0].indices[0]
-    visual = case.visual(inputs["input_ids"])[0].nonzero()[:, 0]
-    stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
-    stays[visual] = False
-    stays[visual[kept]] = True
-    embeds = model.get_input_embeddings()(inputs["input_ids"])
-    embeds[0, visual] = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
-    want = model.generate(inputs_embeds=embeds[:, stays], max_new_tokens=5, do_sample=False)
+    short = shortened(model, inputs, case.visual(inputs["input_ids"]), kept, "compact")
+    want = model.generate(inputs_embeds=short["inputs_embeds"], max_new_tokens=5, do_sample=False)
     assert torch.equal(got[0, -5:], want[0, -5:])
+
+
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+@torch.no_grad()
+def test_a_pass_behind_a_cut_equals_a_prompt_that_never_held_the_tokens(positions: Any) -> None:
+    case = CASES["llava"]
+    model, inputs = case.model(), case.batch(Row((("image", None),)))
+    visual = case.visual(inputs["input_ids"])
+    first = Stage(Site("input"), vtprune.Uniform(), 9, positions=positions)
+    plan = Plan((first, Stage(Site("restart", 2), GemFilter(layer=2), 4)))
+    with vtprune.prune(model, plan, record_scores=True) as session:
+        got = model(**inputs, past_key_values=transformers.DynamicCache()).logits[:, -1]
+        entered, left = session.report.kept
+    seen = []
+    undo = attach_probe(model.model.language_model.layers[2].self_attn, lambda q, k, *rest: seen.append((q, k)))
+    model(**shortened(model, inputs, visual, entered.indices[0], positions))
+    undo()
+    begin = int(visual[0].nonzero()[0])
+    want = filter_scores(seen[0][0][:, :, -1:], seen[0][1])[0, begin : begin + 9]
+    assert left.scores is not None
+    torch.testing.assert_close(left.scores[0], want, rtol=1e-4, atol=1e-5)
+    # the second pass closes up too
+    short = shortened(model, inputs, visual, left.indices[0], positions)
+    torch.testing.assert_close(got, model(**short).logits[:, -1], **EXACT)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
@@ -257,7 +314,13 @@ def test_the_first_pass_leaves_nothing_behind() -> None:
         assert len(out.hidden_states) == 5
         text = int((~case.visual(inputs["input_ids"]) & inputs["attention_mask"].bool()).sum(1).max())
         assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [4 + text] * 4
-        again = model(**inputs)
+        caches: list[bool] = []
+        note = model.model.language_model.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: caches.append(kwargs.get("past_key_values") is not None), with_kwargs=True
+        )
+        again = model(**inputs, past_key_values=transformers.DynamicCache())
+        note.remove()
+        assert caches == [False, True]
         assert torch.equal(out.logits, again.logits)
         assert session.report.kv_bytes == sum(
             t.nbytes for layer in again.past_key_values.layers for t in (layer.keys, layer.values)
@@ -270,9 +333,16 @@ def test_gradients_flow_through_the_second_pass_alone() -> None:
     model, inputs = case.model(), case.batch(Row((("image", None),)))
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -2:] = inputs["input_ids"][:, -2:]
+    graphs: list[bool] = []
+    note = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda *a: graphs.append(torch.is_grad_enabled())
+    )
     with vtprune.prune(model, GemFilter(layer=2, positions="keep"), 6, basis="final") as session:
+        graphs.clear()  # of a dry call
         model(**inputs, labels=labels, use_cache=False).loss.backward()
         report = session.report
+    note.remove()
+    assert graphs == [False, True]
     got = [p.grad.clone() for p in model.model.language_model.parameters()]
     model.zero_grad()
     with masked(model, hidden_keys(report, inputs["input_ids"], 4)):
@@ -296,3 +366,8 @@ def test_an_exception_in_the_first_pass_leaves_the_model_usable() -> None:
         handle.remove()
         assert torch.equal(model(**inputs).logits, want)
         assert session.report.kept
+
+
+def test_a_layer_that_nobody_broke_off_is_an_error() -> None:
+    with pytest.raises(HostContractError, match="decoder layer 3 ran without transformers' attention interface"):
+        ask(lambda: None, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,26 @@ def test_bad_sites(text: str) -> None:
 def test_layer_zero_is_the_input() -> None:
     with pytest.raises(PlanError, match=r"layer\[0\] is the site 'input'"):
         Site("layer", 0)
+
+
+@pytest.mark.parametrize(
+    "sites",
+    [
+        ("layer[3]", "layer[1]"),
+        ("layer[1]", "restart[2]"),
+        ("restart[2]", "restart[1]"),
+        ("restart[2]", "restart[2]"),
+        ("restart[0]", "input"),
+        ("input", "vision[1]"),
+    ],
+)
+def test_stages_go_forward(sites: tuple[str, str]) -> None:
+    first, second = (Stage(Site.parse(site), vtprune.GemFilter(), 3) for site in sites)
+    message = f"must go forward through the model, got {second.site} (gemfilter) after {first.site} (gemfilter)"
+    with pytest.raises(PlanError, match=re.escape(message)):
+        Plan((first, second))
+    if sites[0] != sites[1]:
+        assert len(Plan((second, first)).stages) == 2
 
 
 def test_plan_round_trip(tmp_path: Path) -> None:
@@ -164,3 +185,23 @@ def test_flops_budget_follows_each_prompt() -> None:
     for report in (short, long):
         assert report.flops / report.flops_full == pytest.approx(0.6, abs=0.03)
     assert short.visual_tokens == (TOKENS,)
+
+
+@pytest.mark.parametrize("counts", [(12, 8, 6, 3), (12, 12, 6, 6), (16, 8, 8, 3), (12, 14, 13, 5)])
+def test_planned_cost_is_the_reported_one(counts: tuple[int, ...]) -> None:
+    """A pass that is broken off and layers that are asked count with the tokens that reach them, if they drop any."""
+    asks = vtprune.TransPrune(layers=(1, 3), ratios=(0.6, 0.3), since=0)
+    sites = {"input": vtprune.Uniform(), "restart[2]": vtprune.GemFilter(layer=2), "layer[1]": asks, "layer[3]": asks}
+    stages = zip(sites.items(), counts, strict=True)
+    plan = Plan(tuple(Stage(Site.parse(site), scorer, count) for (site, scorer), count in stages))
+    model = llava()
+    with vtprune.prune(model, plan) as session:
+        model(**batch(Row()))
+        report = session.report
+    shape = vtprune.geometry(model).for_prompt(TOKENS, report.text_tokens[0], 1)
+    assert report.flops / report.flops_full == pytest.approx(plan_cost(plan, shape, "flops"), rel=1e-9)
+    assert report.average_tokens == (plan_cost(plan, shape, "average"),)
+    assert report.tokens_per_layer[0][-1] == plan_cost(plan, shape, "final")
+    # as a later method sees it
+    first, rest = Plan(plan.stages[:1]), Plan(plan.stages[1:])
+    assert plan_cost(rest, shape.after(first), "flops") == plan_cost(plan, shape, "flops")

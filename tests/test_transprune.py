@@ -18,6 +18,7 @@ import vtprune
 from vtprune.budget import Budget
 from vtprune.cost import image_macs, plan_cost
 from vtprune.errors import BudgetError, PlanError
+from vtprune.hooks.cache import record_of
 from vtprune.hooks.validate import asked_layers, watched_transitions
 from vtprune.plan import Plan, Site
 from vtprune.scorers import transprune
@@ -225,15 +226,17 @@ def by_hand(case: Any, inputs: dict[str, Any], cut: int, since: int) -> list[tup
         text.layers[i].mlp.register_forward_hook(note(f"{i}m"), with_kwargs=True)
     attention = model(**inputs, output_attentions=True).attentions[cut]
     visual, found = case.visual(inputs["input_ids"]), []
+    # keys of an earlier turn lie in front
+    past = inputs["attention_mask"].shape[1] - visual.shape[1]
     for b in range(len(visual)):
-        real, at = inputs["attention_mask"][b].bool(), visual[b].nonzero()[:, 0]
+        real, at = inputs["attention_mask"][b, past:].bool(), visual[b].nonzero()[:, 0]
         ttv = torch.zeros(len(real))
         for before, after in calls.values():
             x, y = before[b], after[b]
             turn = (1 - torch.cosine_similarity(x, y, dim=-1)).exp()
             ttv += y.norm(dim=-1) / x.norm(dim=-1) * turn / turn[real].sum()
         rows = torch.arange(int(at[-1]) + 1, len(real))
-        found.append((ttv[at], attention[b].mean(0)[rows][:, at].mean(0)))
+        found.append((ttv[at], attention[b].mean(0)[rows][:, past + at].mean(0)))
     return found
 
 
@@ -270,6 +273,22 @@ def test_scores_equal_the_formula_by_hand(name: str, attention: str, monkeypatch
         for knobs, score in want.items():
             said = functools.partial("{}: {}".format, knobs)
             torch.testing.assert_close(scores[knobs][b], score, rtol=1e-4, atol=1e-6, msg=said)
+
+
+@torch.no_grad()
+def test_scores_of_a_later_turn_equal_the_formula_by_hand() -> None:
+    case = CASES["llava"]
+    model, first = case.model(), case.batch(Row((), 7, 0, 5))
+    turn = case.batch(Row((("image", None),), 2, 5, 1))
+    turn["attention_mask"] = torch.cat([first["attention_mask"], turn["attention_mask"]], 1)
+    with vtprune.prune(model, TransPrune(layers=(2,), ratios=(0.5,)), record_scores=True) as session:
+        cache = model(**turn, past_key_values=model(**first).past_key_values).past_key_values
+        scores = session.report.kept[0].scores
+    ((ttv, iga),) = by_hand(case, {**turn, "past_key_values": case.model("eager")(**first).past_key_values}, 2, 1)
+    assert scores is not None
+    # the books hold no trace of the layer that was asked
+    assert [group.first for group in record_of(cache).groups] == [0, 2]  # type: ignore[union-attr]
+    torch.testing.assert_close(scores[0], (ttv / ttv.sum() + iga / iga.sum()) / 2, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

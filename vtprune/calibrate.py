@@ -161,16 +161,16 @@ def _width(prompt: dict[str, Any]) -> int:
 def _generate(model: Any, prompt: dict[str, Any], **options: Any) -> Any:
     # None silences the warning about sampling settings that a checkpoint carries along
     greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    with torch.no_grad():
-        return model.generate(**prompt, **greedy, return_dict_in_generate=True, **options)
+    return model.generate(**prompt, **greedy, return_dict_in_generate=True, **options)
 
 
 def _forced(model: Any, prompt: dict[str, Any], answer: Tensor) -> tuple[float, bool]:
     """Mean log-probability of `answer` [T], and whether greedy decoding gives it too."""
     force = _Force(answer)
-    # own processors run behind those of the checkpoint, so what they see is what greedy decoding takes the largest of
+    # own processors run behind those of the checkpoint, so what they see is what greedy decoding takes the largest of;
+    # logits are fp32 whatever the model's dtype
     out = _generate(
         model, prompt, max_new_tokens=len(answer), logits_processor=LogitsProcessorList([force]), output_logits=True
     )
-    log_probs = torch.stack([step[0] for step in out.logits]).float().log_softmax(-1)
+    log_probs = torch.stack([step[0] for step in out.logits]).log_softmax(-1)
     return log_probs.gather(1, answer[:, None].to(log_probs.device)).mean().item(), force.same

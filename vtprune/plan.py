@@ -192,8 +192,6 @@ class Plan:
         found: list[tuple[int, int]] = []
         now = entering[0]
         for stage in self.stages:
-            if stage.site.kind == "layer":
-                break
             after = min(now, stage.count(total))
             if stage.site.kind == "restart" and after < now:
                 found.append((stage.site.index, now))

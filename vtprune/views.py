@@ -23,7 +23,7 @@ cut sees their mean."""
 Queries = Literal["last", "cls", "mean", "instruction"]
 """Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean of real tokens (in a
 tower those of one image, crop or frame, also in blocks that attend in windows), the prompt's tokens behind its last
-image (its last token, if there are none)."""
+image."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vtprune.contract import AttentionView, Queries, TransitionView
 from vtprune.hooks.alive import Alive
@@ -86,16 +85,13 @@ class Books:
 
 
 def instruction_rows(rows: Rows, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The tokens behind the last image of each sample, or the last token of a sample that ends with one.
+    """The tokens behind the last image of each sample; a prompt that ends with one is refused.
 
     Returns:
         [B, R] rows, and [B, R] False at padding.
     """
     before = layout.position.masked_fill(~layout.valid, -1)
-    last = functional.pad(before, (1, 0), value=-1).amax(1, keepdim=True)
-    behind = rows.filled & (rows.position > last)
-    ramp = torch.arange(rows.length, device=behind.device)
-    behind = behind | ((ramp == rows.last()[:, None]) & ~behind.any(1, keepdim=True))
+    behind = rows.filled & (rows.position > before.amax(1, keepdim=True))
     counts = behind.sum(1)
     width = int(counts.max())
     index = torch.argsort((~behind).to(torch.uint8), dim=1, stable=True)[:, :width]

@@ -18,7 +18,7 @@ _ONE_BACKEND = ("test_embedded", "test_families", "test_family_towers", "test_to
 
 
 # what asks layers is tried on families that differ in their layers, and on the others with `-m slow`
-_ASKING = ("asked", "-gemfilter]", "-transprune]")
+_ASKING = ("_asked_", "-gemfilter]", "-transprune]")
 _DIFFER = ("[llava-", "[llava]", "[qwen2_vl", "[qwen3_vl", "[gemma3", "[idefics2")
 
 

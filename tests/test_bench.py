@@ -13,11 +13,13 @@ from family_models import CASES, Row
 import vtprune
 from vtprune.bench import timing
 from vtprune.bench.measure import BareDecoder, Prefill, cache_bytes, peak_bytes, shared_copy
-from vtprune.bench.runner import BenchConfig, _warnings, run_bench
-from vtprune.bench.table import bench_table
+from vtprune.bench.plot import plot_bench
+from vtprune.bench.rows import warnings_of
+from vtprune.bench.runner import BenchConfig, run_bench
+from vtprune.bench.table import bench_table, break_even
 from vtprune.bench.timing import interleaved_medians, summarise
 from vtprune.errors import InputError, UnsupportedModelError
-from vtprune.presets import build_random, random_inputs
+from vtprune.presets import PRESETS, build_random, preset_config, random_inputs
 
 
 class _Clock:
@@ -204,6 +206,109 @@ def test_what_is_only_asked_counts_for_the_bare_decoder_too(
     assert row["bare_quotient"] == pytest.approx(1.0, rel=1e-9)
 
 
+def test_a_cell_that_is_not_the_masked_oracle_is_not_measured() -> None:
+    """A layer that mixes rows whatever the mask says: pruning cannot be exact there, and no time is shown for it."""
+    model = build_random("mini")
+    layer = model.model.language_model.layers[2]
+    layer.register_forward_hook(lambda module, args, output: output + 0.1 * output.mean(1, keepdim=True))
+    config = BenchConfig(("uniform",), (0.5,), rounds=1, decode_steps=1)
+    whole, half = run_bench(model, random_inputs(model, 1, 12), config)
+    assert whole["identical"] is True
+    assert half["possible"] is False
+    assert half["exact"] is False
+    assert "differs from the unpruned model with the same tokens hidden by" in half["reason"]
+    assert "prefill_ms" not in half
+
+
+def test_rows_tell_how_exact_they_are_and_what_scoring_takes() -> None:
+    whole, half = _rows(methods=("fastv",), batch_size=2)
+    assert whole["oracle_error"] is None
+    assert half["oracle_error"] < 1e-5 < half["oracle_control"]
+    assert whole["scoring_ms"] == 0.0
+    assert 0.0 < half["scoring_ms"] < half["total_ms"]
+    assert half["scoring_share"] == pytest.approx(half["scoring_ms"] / half["total_ms"])
+    assert 0.0 < half["tower_ms"] < half["total_ms"]
+    assert half["prompt"] == {"visual_tokens": 16, "text_tokens": 12}
+    assert half["warnings"] == [w for w in half["warnings"] if not w.startswith("not proved")]
+
+
+def test_a_model_that_the_oracle_does_not_serve_is_measured_and_says_so() -> None:
+    case = CASES["gemma3"]
+    inputs = case.batch(Row((("image", case.sizes[0]),), 3, 9, 0))
+    _, half = run_bench(case.model(), inputs, BenchConfig(("uniform",), (0.5,), rounds=1, decode_steps=1))
+    assert half["possible"] is True
+    assert any(w.startswith("not proved: ") and "sliding windows" in w for w in half["warnings"])
+
+
+def _point(visual: int, ratio: float, **more: Any) -> dict[str, Any]:
+    row = {"possible": True, "keep": 0.25, "method": "fastv", "total_ratio": ratio, "config": {"batch_size": 1}}
+    return {**row, "prompt": {"visual_tokens": visual, "text_tokens": 64}, **more}
+
+
+def test_break_even_is_the_first_length_behind_the_last_slow_one() -> None:
+    rows = [_point(64, 1.3), _point(128, 0.9), _point(256, 1.1), _point(512, 0.7), _point(1024, 0.4)]
+    where = "fastv at keep 0.25, batch 1, 64 text tokens: "
+    assert break_even(rows) == [f"{where}pays from 512 visual tokens on (slower at 256)"]
+    assert break_even(rows[:3]) == [f"{where}pays at none of the lengths measured (slower at 256)"]
+    assert break_even(rows[3:]) == []
+    assert break_even(rows[:1]) == []
+    # the overhead of being attached is no budget
+    assert break_even([{**row, "keep": 1.0} for row in rows]) == []
+
+
+def test_plot_has_a_line_a_method_and_the_cost_of_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    model = build_random("mini")
+    rows: list[dict[str, Any]] = []
+    for images in (1, 2):
+        config = BenchConfig(("uniform", "fastv"), (0.5,), images=images, rounds=1, decode_steps=1)
+        rows += run_bench(model, random_inputs(model, 1, 12, images), config)
+    plot_bench(rows, tmp_path / "both.png")
+    plot_bench([row for row in rows if row["config"]["images"] == 1], tmp_path / "one.png")
+    assert [len(figure.axes) for figure in drawn] == [2, 1]
+    speed, cost = drawn[0].axes
+    lines = {line.get_label(): line for line in speed.get_lines()}
+    assert {"FLOP-ideal", "uniform", "fastv"} <= set(lines)
+    half = next(row for row in rows if row["method"] == "fastv" and row["keep"] == 0.5)
+    assert lines["fastv"].get_xydata().tolist() == [[half["total_flop_ratio"], 1 / half["total_ratio"]]]
+    lengths = {line.get_label(): line.get_xdata() for line in cost.get_lines()}
+    assert list(lengths) == ["unpruned", "uniform 0.5", "fastv 0.5"]
+    assert all(list(x) == [16, 32] for x in lengths.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("mini", 16), ("mini-next", 88), ("mini-qwen2.5", 16), ("mini-internvl", 32)]
+)
+def test_presets_of_each_family_run_and_are_pruned_exactly(name: str, tokens: int) -> None:
+    model = build_random(name)
+    inputs = random_inputs(model, 2, 12, images=2)
+    assert inputs["input_ids"].shape == (2, 12 + 2 * tokens)
+    assert ((inputs["input_ids"] == model.config.image_token_id).sum(1) == 2 * tokens).all()
+    result = vtprune.verify(model, inputs, "flowcut", 0.5)
+    assert result.exact
+    assert result.report.visual_tokens == (2 * tokens,) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "tokens"),
+    [
+        ("llava-1.5-7b", 32, 4096, 576),
+        ("llava-next-7b", 32, 4096, 2928),
+        ("qwen2.5-vl-3b", 36, 2048, 576),
+        ("qwen2.5-vl-7b", 28, 3584, 576),
+        ("internvl3-2b", 28, 1536, 1280),
+    ],
+)
+def test_presets_have_the_geometry_of_their_checkpoints(name: str, layers: int, hidden: int, tokens: int) -> None:
+    shape = vtprune.geometry(preset_config(name))
+    assert (shape.layers, shape.hidden) == (layers, hidden)
+    assert vtprune.geometry(preset_config(f"{name}:layers=3")).layers == 3
+    assert PRESETS[name].pictures(1, torch.Generator()).tokens == tokens
+
+
 def test_sliding_caches_are_no_mismatch() -> None:
     """After a prompt the host's sliding layers hold views, unpruned as pruned."""
     case = CASES["gemma3"]
@@ -218,9 +323,9 @@ def test_sliding_caches_are_no_mismatch() -> None:
 def test_views_in_the_cache_are_told_and_are_no_mismatch() -> None:
     row = {"keep": 0.5, "total_ratio": 0.5, "peak_bytes": 1, "peak_bytes_full": 2, "kv_bytes": 10, "kv_bytes_full": 20}
     row |= {"kv_bytes_counted": 10, "kv_bytes_alive": 10, "kv_bytes_alive_full": 20}
-    assert _warnings(row) == []
-    assert _warnings({**row, "kv_bytes_counted": 9}) == ["the cache holds 10 bytes, counted were 9"]
-    assert _warnings({**row, "kv_bytes_alive": 15}) == [
+    assert warnings_of(row) == []
+    assert warnings_of({**row, "kv_bytes_counted": 9}) == ["the cache holds 10 bytes, counted were 9"]
+    assert warnings_of({**row, "kv_bytes_alive": 15}) == [
         "the cache keeps 1.50 x its bytes alive behind views, unpruned 1.00 x"
     ]
 
@@ -273,8 +378,35 @@ def test_random_inputs_are_seeded_and_leave_the_global_state() -> None:
 
 
 def test_random_inputs_refuse_an_empty_batch() -> None:
+    model = build_random("mini")
     with pytest.raises(InputError, match="batch=0"):
-        random_inputs(build_random("mini"), batch=0)
+        random_inputs(model, batch=0)
+    with pytest.raises(InputError, match="text_tokens > images, got batch=1, images=4, text_tokens=4"):
+        random_inputs(model, text_tokens=4, images=4)
+    with pytest.raises(InputError, match="LlavaForConditionalGeneration was not made by build_random"):
+        random_inputs(CASES["llava"].model())
+
+
+def test_bench_command_measures_all_combinations_and_plots(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from vtprune.cli import app
+
+    out, plot = tmp_path / "bench.jsonl", tmp_path / "deep" / "bench.png"
+    args = ["bench", "--model", "random:mini", "--methods", "uniform", "--keeps", "1/2", "--rounds", "1"]
+    args += ["--decode-steps", "1", "--batch-size", "1,2", "--text-tokens", "9", "--images", "1,2"]
+    result = CliRunner().invoke(app, [*args, "--out", str(out), "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    shapes = [(r["config"]["batch_size"], r["prompt"]["text_tokens"], r["prompt"]["visual_tokens"]) for r in rows[::2]]
+    assert shapes == [(b, 9, 16 * n) for n in (1, 2) for b in (1, 2)]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "batch 2, 32 visual and 9 text tokens a sample" in " ".join(result.output.split())
+    for option, text in (("--batch-size", "0"), ("--images", "1,x")):
+        bad = CliRunner().invoke(app, [*args, option, text])
+        assert f"{option} must be numbers >= 1, separated by commas, got {text!r}" in " ".join(bad.output.split())
+    bad = CliRunner().invoke(app, ["bench", "--model", "tiny:llava", "--images", "1,2"])
+    assert "make prompts for random models; tiny:llava is asked its example question" in " ".join(bad.output.split())
 
 
 def test_bench_command_writes_rows(tmp_path: Path) -> None:

@@ -36,7 +36,21 @@ _TOP = (
     "videos",
 )
 # what users and the upper layers may import from below
-_PUBLIC = ("", "budget", "contract", "cost", "draw", "errors", "layout", "plan", "registry", "report", "specs", "views")
+_PUBLIC = (
+    "",
+    "budget",
+    "contract",
+    "cost",
+    "draw",
+    "errors",
+    "layout",
+    "plan",
+    "registry",
+    "report",
+    "specs",
+    "stopwatch",
+    "views",
+)
 _CORE = (*_PUBLIC[1:], "cells")
 _FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -11,7 +11,7 @@ from family_models import CASES, Row
 
 import vtprune
 from vtprune import FastV, GemFilter, TransPrune
-from vtprune.hooks.stopwatch import scoring, scoring_time
+from vtprune.stopwatch import scoring, scoring_time
 
 METHODS = [
     ("uniform", 0.5),

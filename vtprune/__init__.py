@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vtprune.errors import BudgetError, InputError, PlanError, UnsupportedModelError, VtpruneError
     from vtprune.hooks import Session, geometry, prune
     from vtprune.hooks.verified import FamilyInfo
+    from vtprune.hooks.verify import Verification, verify
     from vtprune.layout import Layout
     from vtprune.plan import Plan, Site, Stage
     from vtprune.report import Report

@@ -8,12 +8,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vtprune.bench.runner import is_all
+from vtprune.bench.rows import is_all
 
-__all__ = ["bench_table", "keep_text"]
+__all__ = ["bench_table", "break_even", "keep_text", "setting"]
 
 TARGET = 0.95  # of the speed-up that the FLOP count allows
 OVERHEAD = 0.01  # of a prefill or a decode step, attached at keep = 1
+SCORING = 0.02  # of a prefill
 
 
 def keep_text(keep: float) -> str:
@@ -40,6 +41,7 @@ def _cells(row: dict[str, Any]) -> list[str | Text]:
         f"{row['prefill_flop_ratio']:.3f}",
         Text("identical", style="green") if whole else _graded(f"{quotient:.2f}", quotient >= TARGET),
         "" if whole else f"{row['bare_quotient']:.2f}",
+        "" if whole else _graded(f"{100 * row['scoring_share']:.1f} %", row["scoring_share"] < SCORING),
         f"{row['total_ratio']:.3f}",
         "" if whole else _graded(f"{total:.2f}", total >= TARGET),
         f"{row['decode_ms']:.4g}",
@@ -49,12 +51,46 @@ def _cells(row: dict[str, Any]) -> list[str | Text]:
     ]
 
 
+def setting(row: dict[str, Any]) -> str:
+    """`batch 4, 576 visual and 64 text tokens`: what the rows of one table share."""
+    config = row["config"]
+    visual = row.get("prompt", {})
+    return (
+        f"batch {config['batch_size']}, {visual.get('visual_tokens', '?')} visual and {visual.get('text_tokens', '?')} "
+        "text tokens a sample"
+    )
+
+
+def break_even(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """From which prompt on pruning pays, where several lengths were measured and not all of them did.
+
+    Args:
+        rows: of several prompts. A cell is a method and budget, at one batch size and number of text tokens.
+    """
+    cells: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["possible"] and not is_all(row["keep"]):
+            config, prompt = row["config"], row["prompt"]
+            key = (row["method"], keep_text(row["keep"]), config["batch_size"], prompt["text_tokens"])
+            cells.setdefault(key, []).append((prompt["visual_tokens"], row["total_ratio"]))
+    lines: list[str] = []
+    for (method, keep, batch, text), points in cells.items():
+        slower = [n for n, ratio in points if ratio >= 1.0]
+        if len({n for n, _ in points}) < 2 or not slower:
+            continue
+        faster = [n for n, _ in points if n > max(slower)]
+        where = f"pays from {min(faster)} visual tokens on" if faster else "pays at none of the lengths measured"
+        lines.append(f"{method} at keep {keep}, batch {batch}, {text} text tokens: {where} (slower at {max(slower)})")
+    return lines
+
+
 def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     """One line a cell. Ratios are pruned / unpruned; a quotient of 1 is all the speed-up that the FLOPs allow.
 
-    "bare" is the quotient of the same decoder, not pruned, on a prompt that is as short from the start.
+    "bare" is the quotient of the same decoder, not pruned, on a prompt that is as short from the start; "scoring" the
+    share of the call that scorers take.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", title=setting(rows[0]) if rows else None)
     table.add_column("method")
     for name in (
         "keep",
@@ -64,6 +100,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
         "FLOP ratio",
         "quotient",
         "bare",
+        "scoring",
         "with tower",
         "quotient",
         "decode ms",
@@ -79,7 +116,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
             "",
             str(full["visual_tokens"][0]),
             f"{full['prefill_ms_full']:.4g}",
-            *[""] * 6,
+            *[""] * 7,
             f"{full['decode_ms_full']:.4g}",
             "",
             _mib(full["peak_bytes_full"]),

@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vtprune.commands.options import read_methods
+from vtprune.commands.options import read_methods, require_matplotlib
+from vtprune.errors import InputError
 from vtprune.loading import SPEC_HELP
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vtprune.bench.runner import BenchConfig
 
-__all__ = ["bench_command"]
+__all__ = ["bench_command", "read_numbers"]
 
 
 def bench_command(
     model: str = typer.Option("random:llama-0.3b", "--model", help=SPEC_HELP),
     methods: str = typer.Option("all", "--methods", help="Methods separated by commas, or all."),
     keeps: str = typer.Option("1/3,2/9,1/9", "--keeps", help="Budgets separated by commas; keep = 1 is always added."),
-    batch_size: int = typer.Option(1, "--batch-size", min=1),
-    text_tokens: int = typer.Option(64, "--text-tokens", min=2, help="Text tokens a sample (random models)."),
+    batch_size: str = typer.Option("1", "--batch-size", help="One or several, separated by commas."),
+    text_tokens: str = typer.Option("64", "--text-tokens", help="Text tokens a sample (random models): 64,512."),
+    images: str = typer.Option("1", "--images", help="Images a sample (random models): 1,2,4."),
     device: str | None = typer.Option(None, "--device", help="cpu, cuda, ..."),
     dtype: str = typer.Option("float32", "--dtype", help="auto, float32, bfloat16 or float16."),
     attn: str | None = typer.Option(None, "--attn", help="Attention backend: sdpa, eager, flash_attention_2."),
@@ -32,12 +36,15 @@ def bench_command(
     threads: int | None = typer.Option(None, "--threads", min=1, help="CPU threads; torch's default if not set."),
     seed: int = typer.Option(0, "--seed"),
     out: Path | None = typer.Option(None, "--out", help="Write one JSON line a cell."),
+    plot: Path | None = typer.Option(None, "--plot", help="Draw speed-up against budget, and cost against length."),
 ) -> None:
     """Time prefill and decoding, and count memory, for every method and budget.
 
-    The prefill column is the decoder with everything that pruning adds around it; "with tower" is the whole call.
-    A quotient of 1 means all the speed-up that the FLOP count allows; "bare" is the quotient of the same decoder, not
-    pruned, on a prompt that is as short from the start: what this machine makes of fewer tokens.
+    Every cell is first proved: keep = 1 is bit-identical, and a pruned call equals the unpruned one with the dropped
+    tokens hidden. The prefill column is the decoder with everything that pruning adds around it; "with tower" is the
+    whole call. A quotient of 1 means all the speed-up that the FLOP count allows; "bare" is the quotient of the same
+    decoder, not pruned, on a prompt that is as short from the start: what this machine makes of fewer tokens.
+    Of several batch sizes, text lengths and numbers of images all combinations are measured.
     """
     import torch
 
@@ -46,24 +53,41 @@ def bench_command(
     from vtprune.eval.keeps import parse_keeps
     from vtprune.loading import load_model
 
+    if plot is not None:
+        require_matplotlib("--plot")
     if threads is not None:
         torch.set_num_threads(threads)
     names = tuple(vtprune.methods()) if methods.strip() == "all" else tuple(read_methods(methods))
-    config = BenchConfig(
-        names,
-        tuple(entry.value for entry in parse_keeps(keeps)),
-        batch_size=batch_size,
-        text_tokens=text_tokens,
-        rounds=rounds,
-        decode_steps=decode_steps,
-        seed=seed,
-    )
+    budgets = tuple(entry.value for entry in parse_keeps(keeps))
+    configs = [
+        BenchConfig(names, budgets, batch, text, pictures, rounds, decode_steps, seed=seed)
+        for pictures in read_numbers("--images", images)
+        for text in read_numbers("--text-tokens", text_tokens)
+        for batch in read_numbers("--batch-size", batch_size)
+    ]
     loaded, processor = load_model(model, device=device, dtype=dtype, attn_implementation=attn)
-    inputs = _inputs(loaded, processor, config)
+    if processor is not None and (len({c.text_tokens for c in configs}) > 1 or len({c.images for c in configs}) > 1):
+        raise InputError(
+            f"--text-tokens and --images make prompts for random models; {model} is asked its example question. Leave "
+            "them out, or use a preset such as random:llama-0.3b."
+        )
+    prompts = [_inputs(loaded, processor, config) for config in configs]
     extra = {"model": model, "dtype": str(loaded.dtype).removeprefix("torch."), "attention": attn or "default"}
     # without the folder of the program: rows are shared between machines
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    _measure_and_print(loaded, inputs, config, {**extra, "command": command}, out)
+    _measure_and_print(loaded, list(zip(configs, prompts, strict=True)), {**extra, "command": command}, out, plot)
+
+
+def read_numbers(option: str, text: str) -> list[int]:
+    """`1,4,8` -> [1, 4, 8].
+
+    Raises:
+        InputError: if a part is not a number >= 1.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{option} must be numbers >= 1, separated by commas, got {text!r}.")
+    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def _inputs(model: Any, processor: Any, config: BenchConfig) -> dict[str, Any]:
@@ -72,19 +96,22 @@ def _inputs(model: Any, processor: Any, config: BenchConfig) -> dict[str, Any]:
     from vtprune.presets import random_inputs
 
     if processor is None:
-        return random_inputs(model, config.batch_size, config.text_tokens, seed=config.seed)
+        return random_inputs(model, config.batch_size, config.text_tokens, config.images, config.seed)
     image, question = load_example()
     return prompt_inputs(model, processor, [Question(question, (image,))] * config.batch_size)
 
 
 def _measure_and_print(
-    model: Any, inputs: dict[str, Any], config: BenchConfig, extra: dict[str, Any], out: Path | None
+    model: Any,
+    grid: list[tuple[BenchConfig, dict[str, Any]]],
+    extra: dict[str, Any],
+    out: Path | None,
+    plot: Path | None,
 ) -> None:
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.text import Text
 
     from vtprune.bench.runner import run_bench
-    from vtprune.bench.table import bench_table, keep_text
+    from vtprune.bench.table import break_even
     from vtprune.commands.show import console
 
     screen = console()
@@ -93,21 +120,39 @@ def _measure_and_print(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("", encoding="utf-8")
-    with Progress(*columns, console=screen, transient=True) as progress:
-        task = progress.add_task("bench", total=None)
+    for config, inputs in grid:
+        first = len(rows)
+        with Progress(*columns, console=screen, transient=True) as progress:
+            task = progress.add_task("bench", total=None)
 
-        def tell(method: str) -> None:
-            progress.update(task, description=method, advance=1)
+            def tell(method: str, task: Any = task, progress: Progress = progress) -> None:
+                progress.update(task, description=method, advance=1)
 
-        for row in run_bench(model, inputs, config, tell):
-            rows.append({**row, **extra})
-            if out is not None:  # at once: a long run that is stopped keeps what it has measured
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+            for row in run_bench(model, inputs, config, tell):
+                rows.append({**row, **extra})
+                if out is not None:  # at once: a long run that is stopped keeps what it has measured
+                    with out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+        _print_table(screen, rows[first:])
+    for line in break_even(rows):
+        screen.print(line, markup=False, soft_wrap=True)
+    if plot is not None:
+        from vtprune.bench.plot import plot_bench
+
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot_bench(rows, plot)
+    for path in (out, plot):
+        if path is not None:
+            screen.print(f"written to {path}", markup=False, soft_wrap=True)
+
+
+def _print_table(screen: Console, rows: list[dict[str, Any]]) -> None:
+    from rich.text import Text
+
+    from vtprune.bench.table import bench_table, keep_text
+
     screen.print(bench_table(rows))
     for row in rows:
         for warning in row.get("warnings", []):
             where = f"{row['method']} at keep {keep_text(row['keep'])}"
             screen.print(Text(f"warning: {where}: {warning}", style="yellow"))
-    if out is not None:
-        screen.print(f"rows written to {out}", markup=False, soft_wrap=True)

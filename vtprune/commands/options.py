@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtprune.errors import BudgetError, InputError
+from vtprune.errors import BudgetError, InputError, VtpruneError
 from vtprune.specs import parse_method, split_methods
 
 if TYPE_CHECKING:
     from vtprune.plan import Plan
 
-__all__ = ["KEEP_HELP", "METHOD_HELP", "load_plan", "pair_keeps", "read_keeps", "read_methods"]
+__all__ = ["KEEP_HELP", "METHOD_HELP", "load_plan", "pair_keeps", "read_keeps", "read_methods", "require_matplotlib"]
 
 KEEP_HELP = "Budget: tokens (64), or a fraction (0.25, 25%, 1/4); one a method, separated by commas."
 METHOD_HELP = "Method, such as fastv or gemfilter(layer=3), or several separated by commas (see `vtprune methods`)."
@@ -72,3 +72,15 @@ def load_plan(path: Path) -> Plan:
     if not path.is_file():
         raise InputError(f"there is no plan file {str(path)!r}. Write one with `vtprune plan --save`.")
     return Plan.load(path)
+
+
+def require_matplotlib(command: str) -> None:
+    """Fail before a long run, not after it.
+
+    Raises:
+        VtpruneError: with the command that installs it.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise VtpruneError(f"{command} needs matplotlib ({error}). Run: pip install 'vtprune[eval]'") from error

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vtprune.errors import InputError, VtpruneError
+from vtprune.commands.options import require_matplotlib
+from vtprune.errors import InputError
 from vtprune.eval import BUNDLED_TASKS, TASKS_DIR
 from vtprune.eval.keeps import parse_keeps
 from vtprune.specs import split_methods
@@ -148,7 +149,7 @@ def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
     read = tuple(parse_keeps(keeps))
     if settings["basis"] not in ("average", "final"):
         raise InputError(f"basis must be average or final, got {settings['basis']!r}.")
-    require_matplotlib()
+    require_matplotlib("vtprune eval")
     require_lmms_eval()
     import vtprune
 
@@ -158,18 +159,6 @@ def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
         raise InputError(f"name at least one method, got {methods!r}. Legal: all, {', '.join(vtprune.methods())}.")
     command = "vtprune " + shlex.join(sys.argv[1:])
     return Sweep(methods=names, keeps=read, command=command, **settings)  # type: ignore[arg-type]
-
-
-def require_matplotlib() -> None:
-    """Fail before the sweep, not after it.
-
-    Raises:
-        VtpruneError: with the command that installs it.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise VtpruneError(f"vtprune eval needs matplotlib ({error}). Run: pip install 'vtprune[eval]'") from error
 
 
 def _run(sweep: Sweep, out: Path, console: Console) -> tuple[SweepResult, dict[str, Path]]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vtprune.contract import AttentionView, Memory, Scorer, TokenView
 from vtprune.errors import PlanError
-from vtprune.hooks.stopwatch import scoring
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.layout import Layout
 from vtprune.plan import Site, Stage
 from vtprune.report import Kept
+from vtprune.stopwatch import scoring
 
 __all__ = ["Alive", "Cut", "cut_counts", "make_cut", "observe_all", "record_cut"]
 

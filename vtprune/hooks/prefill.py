@@ -23,12 +23,12 @@ from vtprune.hooks.families.base import Parts, Prompt
 from vtprune.hooks.groups import Groups
 from vtprune.hooks.masks import Masks
 from vtprune.hooks.rows import Rows
-from vtprune.hooks.stopwatch import scoring
 from vtprune.hooks.survivors import Survivors
 from vtprune.hooks.views import Books, Seen
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.layout import Layout
 from vtprune.plan import Plan, Site, Stage
+from vtprune.stopwatch import scoring
 
 __all__ = ["Prefill"]
 

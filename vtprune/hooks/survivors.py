@@ -16,13 +16,13 @@ from vtprune.hooks.alive import Alive, cut_counts, make_cut, record_cut
 from vtprune.hooks.departures import book_departures
 from vtprune.hooks.families.base import Prompt
 from vtprune.hooks.rows import Rows
-from vtprune.hooks.stopwatch import scoring
 from vtprune.hooks.views import text_keys
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.kernels.merge_tokens import merge_tokens
 from vtprune.layout import Layout
 from vtprune.plan import Plan
 from vtprune.report import Kept
+from vtprune.stopwatch import scoring
 
 __all__ = ["Survivors"]
 

@@ -118,9 +118,10 @@ def verify(
     got, want, other = (t[left].float() for t in (seen.output, want, other))
     spread = want.std()
     errors, controls = ((t - want).square().mean(1).sqrt() / spread for t in (got, other))
-    half = model.dtype in (torch.float16, torch.bfloat16)
+    dtype = seen.output.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
     error = (errors.median() if half else errors.max()).item()
-    allowed, contrast = ROUNDING.get(model.dtype, 1e-3), CONTRAST.get(model.dtype, 10.0)
+    allowed, contrast = ROUNDING.get(dtype, 1e-3), CONTRAST.get(dtype, 10.0)
     return Verification(error, controls.median().item(), allowed, contrast, report)
 
 

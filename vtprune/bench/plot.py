@@ -1,0 +1,106 @@
+"""The bench as a picture: what each budget gains against what its FLOPs allow, and what length costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtprune.bench.rows import is_all
+from vtprune.bench.table import keep_text, setting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_bench"]
+
+# Okabe-Ito without its yellow, which is too faint on white
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B3A8C", "#4D4D4D")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the PNG.
+
+    Left, for the first prompt size: speed-up of the whole call against the share of its FLOPs, with the line that the
+    FLOP count allows. Right, if several lengths were measured: milliseconds of a prefill against visual tokens.
+
+    Args:
+        rows: of `vtprune bench`; cells without figures are left out.
+        path: where to write.
+    """
+    # the object interface, not pyplot: no global state and no display is touched
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured = [row for row in rows if row["possible"]]
+    lengths = sorted({row["prompt"]["visual_tokens"] for row in measured})
+    panels = 1 + (len(lengths) > 1)
+    figure = Figure(figsize=(5.8 * panels, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    if measured:
+        _speed(axes[0], [row for row in measured if row["config"] == measured[0]["config"]])
+    if panels > 1:
+        first = measured[0]["config"]
+        same = [r for r in measured if all(r["config"][k] == first[k] for k in ("batch_size", "text_tokens"))]
+        _cost(axes[1], same)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, max(1, len(labels))), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _methods(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, list[dict[str, Any]]]]:
+    """(method, colour, marker, rows) in order of appearance."""
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    return [
+        (name, _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)], [r for r in rows if r["method"] == name])
+        for i, name in enumerate(names)
+    ]
+
+
+def _speed(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    pruned = [row for row in rows if not is_all(row["keep"])]
+    least = min((row["total_flop_ratio"] for row in pruned), default=0.5)
+    shares = [least ** (i / 40) for i in range(41)]
+    axes.plot(shares, [1 / s for s in shares], color="#222222", linestyle="--", linewidth=1.2, label="FLOP-ideal")
+    for method, colour, marker, cells in _methods(pruned):
+        points = sorted((row["total_flop_ratio"], 1 / row["total_ratio"]) for row in cells)
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=colour, marker=marker, ms=5.5, linewidth=1.8, label=method)
+    axes.axhline(1.0, color="#999999", linewidth=0.8)
+    axes.set_xlabel("prefill FLOPs, tower included, share of unpruned")
+    axes.set_ylabel("speed-up of the prefill, tower included")
+    axes.set_title(setting(rows[0]), fontsize=10)
+    _tidy(axes)
+
+
+def _cost(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    full = sorted({row["prompt"]["visual_tokens"]: row["total_ms_full"] for row in rows}.items())
+    axes.plot(*zip(*full, strict=True), color="#222222", linestyle="--", marker="o", ms=4, label="unpruned")
+    pruned = [row for row in rows if not is_all(row["keep"])]
+    for method, colour, marker, cells in _methods(pruned):
+        # the smallest budget that every length has
+        keeps = {row["keep"] for row in cells}
+        shared = [k for k in keeps if len([r for r in cells if r["keep"] == k]) == len(full)]
+        if not shared:
+            continue
+        keep = min(shared)
+        points = sorted((r["prompt"]["visual_tokens"], r["total_ms"]) for r in cells if r["keep"] == keep)
+        label = f"{method} {keep_text(keep)}"
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=5.5, linewidth=1.8, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:.0f}"))
+    axes.set_xlabel("visual tokens a sample")
+    axes.set_ylabel("prefill, tower included, ms")
+    axes.set_title("cost against length", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -18,7 +18,7 @@ from vtprune.bench.rows import warnings_of
 from vtprune.bench.runner import BenchConfig, run_bench
 from vtprune.bench.table import bench_table, break_even
 from vtprune.bench.timing import interleaved_medians, summarise
-from vtprune.errors import InputError, UnsupportedModelError
+from vtprune.errors import BudgetError, InputError, UnsupportedModelError
 from vtprune.presets import PRESETS, build_random, preset_config, random_inputs
 
 
@@ -330,6 +330,15 @@ def test_views_in_the_cache_are_told_and_are_no_mismatch() -> None:
     ]
 
 
+def test_a_chain_is_timed_like_a_method() -> None:
+    whole, quarter = _rows(methods=("divprune@1/2+fastv(layer=2)",), keeps=(0.25,))
+    assert whole["identical"] is True
+    assert whole["average_tokens"] == [16.0]
+    assert [stage["scorer"]["name"] for stage in quarter["plan"]["stages"]] == ["divprune", "fastv"]
+    assert quarter["average_tokens"] == [4.5]
+    assert quarter["method"] == "divprune@1/2+fastv(layer=2)"
+
+
 def test_bench_says_what_a_schedule_cannot_reach(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
@@ -356,10 +365,14 @@ def test_bench_refuses_a_method_that_changes_the_logits(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"methods": ()}, "at least one method"), ({"rounds": 0}, "rounds must be >= 1, got 0")],
+    [
+        ({"methods": ()}, "at least one method"),
+        ({"rounds": 0}, "rounds must be >= 1, got 0"),
+        ({"methods": ("divprune+fastv",)}, "exactly one method of a chain takes the row's budget"),
+    ],
 )
 def test_bad_configs_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((InputError, BudgetError), match=message):
         BenchConfig(**{"methods": ("fastv",), "keeps": (), **changes})
 
 
@@ -415,7 +428,7 @@ def test_bench_command_writes_rows(tmp_path: Path) -> None:
     from vtprune.cli import app
 
     out = tmp_path / "deep" / "bench.jsonl"
-    args = ["bench", "--model", "random:mini", "--methods", "uniform", "--keeps", "1/2", "--rounds", "1"]
+    args = ["bench", "--model", "random:mini", "--methods", "random@1/2+uniform", "--keeps", "1/2", "--rounds", "1"]
     before = torch.get_num_threads()
     try:
         result = CliRunner().invoke(app, [*args, "--decode-steps", "1", "--threads", "2", "--out", str(out)])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import models
 import pytest
 
 import vtprune
-from vtprune.errors import PlanError, UnknownNameError
-from vtprune.specs import parse_method, split_methods
+from vtprune.errors import BudgetError, InputError, PlanError, UnknownNameError
+from vtprune.specs import parse_chain, parse_method, row_chain, split_methods, sweep_methods
 
 
 def test_separators_inside_brackets_do_not_split() -> None:
@@ -50,3 +51,94 @@ def test_unknown_names_and_knobs() -> None:
         parse_method("fastv(depth=2)")
     with pytest.raises(PlanError, match="fastv layer must be an int >= 1"):
         parse_method("fastv(layer=0)")
+
+
+# chains
+
+
+def test_members_and_their_budgets() -> None:
+    chain = parse_chain("flowcut@1/2 + transprune(layers=(5,+6,8))")
+    assert chain.methods == (vtprune.FlowCut(), vtprune.TransPrune(layers=(5, 6, 8)))
+    assert chain.fixed == (0.5, None)
+    tokens, share, rest = parse_chain("uniform@64+random@25%+fastv").fixed
+    assert (tokens, type(tokens), share, rest) == (64, int, 0.25, None)
+    assert parse_chain("fastv").fixed == (None,)
+
+
+def test_fixed_budgets_stay_and_the_given_ones_fill_the_gaps() -> None:
+    assert parse_chain("uniform@1/2+fastv").keeps(0.25) == [0.5, 0.25]
+    assert parse_chain("uniform@1/2+random+fastv").keeps([64, 0.25]) == [0.5, 64, 0.25]
+    assert parse_chain("uniform@1/2+fastv@8").keeps(None) == [0.5, 8]
+    # nothing fixed: as prune() reads it
+    assert parse_chain("uniform+fastv").keeps([288, 64]) == [288, 64]
+    assert parse_chain("fastv").keeps("25%") == "25%"
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "count"),
+    [("uniform@1/2+fastv@8", 0.25, "0 of the 2"), ("uniform@1/2+fastv", [0.5, 0.25], "1 of the 2")],
+)
+def test_budgets_that_no_member_takes_are_refused(text: str, keep: object, count: str) -> None:
+    with pytest.raises(BudgetError, match=f"{count} methods in '{text}' have no @keep".replace("+", r"\+")) as caught:
+        parse_chain(text).keeps(keep)
+    assert str(caught.value).endswith(f"got keep={keep!r}.")
+
+
+@pytest.mark.parametrize("text", ["", "+fastv", "uniform++fastv", "@1/2+fastv", "uniform@1/2@1/4+fastv"])
+def test_what_is_not_a_chain_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match=r"a chain is written 'method\+method' or 'method@keep\+method', got"):
+        parse_chain(text)
+
+
+@pytest.mark.parametrize("text", ["uniform@+fastv", "uniform@3/2+fastv", "uniform@1/2(seed=1)+fastv"])
+def test_a_bad_budget_names_its_member(text: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        parse_chain(text)
+    assert str(caught.value).startswith(f"behind the @ of {text.removesuffix('+fastv')!r}: keep must be ")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("uniform+fastv(layer=2)", "2 of 'uniform', 'fastv(layer=2)'"),
+        ("uniform@1/2", "0 of 'uniform@1/2'"),
+        ("uniform@1/2+fastv@1/4", "0 of 'uniform@1/2', 'fastv@1/4'"),
+    ],
+)
+def test_a_row_has_one_budget(text: str, found: str) -> None:
+    with pytest.raises(BudgetError, match="exactly one method of a chain takes the row's budget") as caught:
+        row_chain(text)
+    assert str(caught.value).endswith(f"got {text!r}, where {found} have none.")
+
+
+def test_methods_of_a_sweep() -> None:
+    names = sweep_methods("gemfilter(layer=3),all,flowcut@1/2+fastv")
+    assert names == ("gemfilter(layer=3)", *vtprune.methods(), "flowcut@1/2+fastv")
+    with pytest.raises(InputError, match=r"at least one method, got ' , '\. Legal: all, divprune"):
+        sweep_methods(" , ")
+
+
+@pytest.mark.parametrize("basis", ["average", "final"])
+def test_a_chain_is_the_list_of_its_methods(basis: str) -> None:
+    for keep in (0.25, 5):
+        with vtprune.prune(models.llava(), "uniform@1/2+fastv(layer=2)", keep, basis=basis) as session:
+            text = session.plan
+        with vtprune.prune(models.llava(), ["uniform", "fastv(layer=2)"], [0.5, keep], basis=basis) as session:
+            assert session.plan == text
+    assert [stage.scorer.name for stage in text.stages] == ["uniform", "fastv"]
+
+
+def test_a_chain_says_what_it_cannot_reach() -> None:
+    with pytest.raises(BudgetError, match=r"in the chain uniform@0\.5\+fastv@1: fastv cannot reach 1 of 16") as caught:
+        vtprune.prune(models.llava(), "uniform@1/2+fastv(layer=2)", 1)
+    # two layers see 8 tokens, two see 1
+    assert caught.value.floor == 4.5
+    assert "Ask for 4.5 or more" in str(caught.value)
+
+
+def test_a_chain_keeps_no_more_than_its_fixed_part() -> None:
+    model = models.llava()
+    for keep in (0.5, 0.75, 1.0):
+        with vtprune.prune(model, "uniform@1/2+fastv(layer=2)", keep) as session:
+            model(**models.batch(models.Row()))
+            assert session.report.average_tokens == (models.TOKENS / 2,)

@@ -1,20 +1,65 @@
-"""Methods as people write them on a command line: `fastv`, or with knobs `gemfilter(layer=3)`."""
+"""Methods as people write them: `fastv`, with knobs `gemfilter(layer=3)`, and chains `flowcut@1/2+fastv`.
+
+The members of a chain are joined by `+` and act in this order. One with `@keep` behind it always has that budget; those
+without take the budget that comes with the chain: the row's in a sweep, `keep` in `vtprune.prune`. Each budget counts
+what the methods so far leave, so a chain never keeps more than its fixed members do.
+"""
 
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vtprune.errors import PlanError
+from vtprune.budget import parse_keep
+from vtprune.errors import BudgetError, InputError, PlanError
 
 if TYPE_CHECKING:
     from vtprune.contract import Scorer
 
-__all__ = ["parse_method", "split_methods"]
+__all__ = ["Chain", "parse_chain", "parse_method", "row_chain", "split_methods", "sweep_methods"]
 
 
-def split_methods(text: str, separator: str = ",") -> list[str]:
-    """`a,b(c=1,d=2)` -> ["a", "b(c=1,d=2)"]: separators inside brackets do not count."""
+@dataclass(frozen=True)
+class Chain:
+    """Methods in order, with the budgets that are written behind them; a lone method is a chain of one.
+
+    Attributes:
+        text: as it was written.
+        methods: the members.
+        fixed: the budget of each member, None where it takes the one that comes with the chain.
+    """
+
+    text: str
+    methods: tuple[Scorer, ...]
+    fixed: tuple[int | float | None, ...]
+
+    def keeps(self, keep: Any) -> Any:
+        """`keep` as `vtprune.prune` takes it for these methods: the fixed budgets with the given ones between them.
+
+        Args:
+            keep: one budget, or a list with one for each member that has none; returned as it is if no budget is fixed.
+
+        Raises:
+            BudgetError: if there are not as many as members without one.
+        """
+        if all(budget is None for budget in self.fixed):
+            return keep
+        given = list(keep) if isinstance(keep, (list, tuple)) else [keep]
+        missing = self.fixed.count(None)
+        if not missing and keep is None:
+            given = []
+        if len(given) != missing:
+            raise BudgetError(
+                f"{missing} of the {len(self.fixed)} methods in {self.text!r} have no @keep behind them, so it takes "
+                f"{missing} budget(s), got keep={keep!r}."
+            )
+        rest = iter(given)
+        return [next(rest) if budget is None else budget for budget in self.fixed]
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Every part, empty ones too."""
     parts, depth = [""], 0
     for sign in text:
         depth += (sign in "([") - (sign in ")]")
@@ -22,7 +67,66 @@ def split_methods(text: str, separator: str = ",") -> list[str]:
             parts.append("")
         else:
             parts[-1] += sign
-    return [part.strip() for part in parts if part.strip()]
+    return [part.strip() for part in parts]
+
+
+def split_methods(text: str, separator: str = ",") -> list[str]:
+    """`a,b(c=1,d=2)` -> ["a", "b(c=1,d=2)"]: separators inside brackets do not count."""
+    return [part for part in _split(text, separator) if part]
+
+
+def sweep_methods(text: str) -> tuple[str, ...]:
+    """The chains of a sweep, separated by commas, each once; `all` stands for every registered method.
+
+    Raises:
+        InputError: if there is none.
+    """
+    from vtprune.contract import METHODS
+
+    listed = [list(METHODS) if name == "all" else [name] for name in split_methods(text)]
+    names = tuple(dict.fromkeys(name for part in listed for name in part))
+    if not names:
+        raise InputError(f"name at least one method, got {text!r}. Legal: all, {', '.join(METHODS)}.")
+    return names
+
+
+def row_chain(text: str) -> Chain:
+    """A chain that takes the one budget of its row.
+
+    Raises:
+        BudgetError: unless exactly one member has no budget of its own.
+        UnknownNameError, PlanError: as `parse_chain` does.
+    """
+    chain = parse_chain(text)
+    if chain.fixed.count(None) != 1:
+        members = ", ".join(f"{name!r}" for name in split_methods(text, "+"))
+        raise BudgetError(
+            f"exactly one method of a chain takes the row's budget, every other one needs its own behind an @, such as "
+            f"'flowcut@1/2+fastv'; got {text!r}, where {chain.fixed.count(None)} of {members} have none."
+        )
+    return chain
+
+
+def parse_chain(text: str) -> Chain:
+    """Read `method`, `method@keep`, and several of these joined by `+`; signs inside brackets do not count.
+
+    Raises:
+        UnknownNameError: if a method is not registered.
+        PlanError: if a member is empty, or its knobs are malformed.
+        BudgetError: if what stands behind an `@` is not a budget.
+    """
+    methods: list[Scorer] = []
+    fixed: list[int | float | None] = []
+    for member in _split(text, "+"):
+        name, *keep = _split(member, "@")
+        if not name or len(keep) > 1:
+            raise PlanError(f"a chain is written 'method+method' or 'method@keep+method', got {text!r}.")
+        methods.append(parse_method(name))
+        try:
+            fixed.append(parse_keep(keep[0]) if keep else None)
+        except BudgetError as error:
+            raise BudgetError(f"behind the @ of {member!r}: {error}") from error
+    return Chain(text, tuple(methods), tuple(fixed))
 
 
 def parse_method(text: str) -> Scorer:

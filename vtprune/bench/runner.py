@@ -12,6 +12,7 @@ from vtprune.bench.measure import BareDecoder, Prefill, shared_copy
 from vtprune.bench.provenance import provenance
 from vtprune.bench.rows import UNPRUNED, Cell, Progress, is_all, time_cells
 from vtprune.errors import BudgetError, InputError, UnsupportedModelError
+from vtprune.specs import parse_chain, row_chain
 
 if TYPE_CHECKING:
     from vtprune import Verification
@@ -24,8 +25,9 @@ class BenchConfig:
     """What to measure.
 
     Attributes:
-        methods: names of methods.
-        keeps: budgets beside 1.0, which is always measured (as the overhead of being attached).
+        methods: names of methods, or chains that take the row's budget in one member (see `vtprune.specs`).
+        keeps: budgets beside 1.0, which is always measured (as the overhead of being attached, every member of a chain
+            at 1.0).
         batch_size: samples in the batch, each with its own text and image.
         text_tokens: tokens a sample that are not visual (random presets only).
         images: images a sample.
@@ -51,6 +53,8 @@ class BenchConfig:
         for name in ("batch_size", "images", "rounds", "decode_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        for method in self.methods:
+            row_chain(method)
 
 
 def run_bench(
@@ -84,7 +88,9 @@ def _attach(model: Any, inputs: dict[str, torch.Tensor], config: BenchConfig, me
 
     tree = shared_copy(model)
     prefill = Prefill(tree, inputs)
-    return Cell(keep, vtprune.prune(tree, method, keep=keep, basis=config.basis), prefill, tree)
+    # all tokens stay only if no member of a chain drops any
+    methods = list(parse_chain(method).methods) if is_all(keep) else method
+    return Cell(keep, vtprune.prune(tree, methods, keep=keep, basis=config.basis), prefill, tree)
 
 
 def _run_method(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vtprune.commands.options import read_methods, require_matplotlib
+from vtprune.commands.options import require_matplotlib
 from vtprune.errors import InputError
 from vtprune.loading import SPEC_HELP
+from vtprune.specs import sweep_methods
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,9 @@ __all__ = ["bench_command", "read_numbers"]
 
 def bench_command(
     model: str = typer.Option("random:llama-0.3b", "--model", help=SPEC_HELP),
-    methods: str = typer.Option("all", "--methods", help="Methods separated by commas, or all."),
+    methods: str = typer.Option(
+        "all", "--methods", help="Methods or chains (flowcut@1/2+fastv), comma-separated, or all."
+    ),
     keeps: str = typer.Option("1/3,2/9,1/9", "--keeps", help="Budgets separated by commas; keep = 1 is always added."),
     batch_size: str = typer.Option("1", "--batch-size", help="One or several, separated by commas."),
     text_tokens: str = typer.Option("64", "--text-tokens", help="Text tokens a sample (random models): 64,512."),
@@ -48,7 +51,6 @@ def bench_command(
     """
     import torch
 
-    import vtprune
     from vtprune.bench.runner import BenchConfig
     from vtprune.eval.keeps import parse_keeps
     from vtprune.loading import load_model
@@ -57,7 +59,7 @@ def bench_command(
         require_matplotlib("--plot")
     if threads is not None:
         torch.set_num_threads(threads)
-    names = tuple(vtprune.methods()) if methods.strip() == "all" else tuple(read_methods(methods))
+    names = sweep_methods(methods)
     budgets = tuple(entry.value for entry in parse_keeps(keeps))
     configs = [
         BenchConfig(names, budgets, batch, text, pictures, rounds, decode_steps, seed=seed)

@@ -12,7 +12,6 @@ import vtprune
 from vtprune.budget import parse_keep
 from vtprune.errors import InputError
 from vtprune.plan import Plan
-from vtprune.specs import split_methods
 
 __all__ = [
     "UNPRUNED",
@@ -38,17 +37,19 @@ def attach_to(
     basis: str = "average",
     flops: float | None = None,
 ) -> Any:
-    """`vtprune.prune` with the spelling of model arguments: `none`, and several methods or budgets joined by `+`."""
+    """`vtprune.prune` with the spelling of model arguments: `none`, and several budgets joined by `+`.
+
+    `flowcut+fastv` with `288+64` is `flowcut@288+fastv` with 64 (see `vtprune.specs`).
+    """
     if method == UNPRUNED:
         return None
     if isinstance(method, Plan):
         return vtprune.prune(model, method)
-    names = split_methods(method, "+")
     budget: Any = keep
     if isinstance(keep, str):
         parts = [parse_keep(part) for part in keep.split("+")]
         budget = parts if len(parts) > 1 else parts[0]
-    return vtprune.prune(model, names if len(names) > 1 else names[0], budget, basis=basis, flops=flops)
+    return vtprune.prune(model, method, budget, basis=basis, flops=flops)
 
 
 def read_batch_size(given: int | str) -> int:

@@ -56,8 +56,9 @@ class _Vtprune(lmms):
 
     Args:
         pretrained: what `vtprune.loading.load_model` accepts.
-        method: a method's name, several joined by `+`, or `none`.
-        keep: budget; lmms-eval parses `0.25` and `1.0` to a float (a share) and `64` to an int (tokens).
+        method: a method's name, several joined by `+` (`flowcut@1/2+fastv`), or `none`.
+        keep: budget, or several joined by `+`; lmms-eval parses `0.25` and `1.0` to a float (a share) and `64` to an
+            int (tokens).
         basis: `average` or `final`.
         flops: budget as a share of the unpruned prefill FLOPs, instead of `keep`.
         plan: path of a saved plan, instead of `method` and budget.

@@ -9,7 +9,7 @@ from vtprune.budget import Budget, Geometry
 from vtprune.contract import Scorer, compose
 from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan, Stage
-from vtprune.specs import parse_method
+from vtprune.specs import parse_chain, parse_method
 
 __all__ = ["Methods", "Planner"]
 
@@ -34,6 +34,9 @@ class Planner:
                 raise BudgetError(f"a Plan carries its own counts; leave out keep={keep!r} and flops={flops!r}.")
             self.nominal = self._fixed
         else:
+            if isinstance(methods, str):
+                chain = parse_chain(methods)
+                methods, keep = chain.methods, chain.keeps(keep)
             self._methods = [_method(m) for m in _as_list(methods)]
             self._budgets = _budgets(self._methods, keep, basis, flops)
             self.nominal = self._nominal()
@@ -100,7 +103,20 @@ class Planner:
             return plan
 
     def _solve(self, geometry: Geometry) -> Plan:
-        return compose(self._methods, self._budgets, geometry)
+        try:
+            return compose(self._methods, self._budgets, geometry)
+        except BudgetError as error:
+            if len(self._methods) == 1:
+                raise
+            chain = "+".join(f"{m.name}{_behind(b)}" for m, b in zip(self._methods, self._budgets, strict=True))
+            raise BudgetError(f"in the chain {chain}: {error}", floor=error.floor) from error
+
+
+def _behind(budget: Budget) -> str:
+    """A budget as a chain spells it, nothing if the method decides itself."""
+    if budget.value is None:
+        return ""
+    return f"@{budget.value:.4g}" if isinstance(budget.value, float) else f"@{budget.value}"
 
 
 def _as_list(methods: Any) -> list[str | Scorer]:
@@ -126,8 +142,8 @@ def _budgets(methods: list[Scorer], keep: Any, basis: str, flops: float | None) 
         keeps = list(keep)
     elif len(methods) > 1 and keep is not None and keep != 1.0:
         raise BudgetError(
-            f"{len(methods)} methods need a list of budgets in the same order, such as keep=[288, 64], got "
-            f"keep={keep!r}."
+            f"{len(methods)} methods need a list of budgets in the same order, such as keep=[288, 64] (or, as text, "
+            f"'flowcut@288+fastv' with keep=64), got keep={keep!r}."
         )
     else:
         keeps = [keep] * len(methods)

@@ -157,6 +157,16 @@ def test_model_arguments_as_lmms_eval_parses_them(folder: Path) -> None:
         assert session.report.average_tokens == (survivors,)
 
 
+@pytest.mark.parametrize(
+    ("method", "keep"), [("uniform@1/2+fastv", "0.25"), ("uniform+fastv", "1/2+0.25"), ("uniform@1/2+fastv@25%", None)]
+)
+def test_model_arguments_spell_chains(method: str, keep: str | None) -> None:
+    with attach_to(models.llava(), method, keep) as session:
+        counts = [(stage.scorer.name, stage.count(models.TOKENS)) for stage in session.plan.stages]
+    # one layer sees 8 tokens and three see 3: nearest to 4
+    assert counts == [("uniform", 8), ("fastv", 3)]
+
+
 def test_bad_model_arguments_are_named(folder: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"'kep'\. Did you mean 'keep'"):
         make_chat(str(folder), kep=0.5)
@@ -259,6 +269,8 @@ def test_a_misspelt_model_costs_the_others_nothing(tmp_path: Path) -> None:
     [
         ("--methods fastvv", "Unknown method 'fastvv'"),
         ("--methods ,", "at least one method"),
+        ("--methods flowcut+fastv", "got 'flowcut+fastv', where 2 of 'flowcut', 'fastv' have none"),
+        ("--against fastv", "a method that cuts at 'input' (divprune, pool, random, uniform) or none, got 'fastv'"),
         ("--basis mean", "got 'mean'"),
         ("--keeps 3/2", "'3/2'"),
         ("--model random:mini", "has no processor"),

@@ -15,7 +15,7 @@ from vtprune.commands.options import require_matplotlib
 from vtprune.errors import InputError
 from vtprune.eval import BUNDLED_TASKS, TASKS_DIR
 from vtprune.eval.keeps import parse_keeps
-from vtprune.specs import split_methods
+from vtprune.specs import split_methods, sweep_methods
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,8 @@ def eval_command(
         str, typer.Option(help="Comma-separated: tiny:llava, tiny:qwen2_vl, tiny:internvl, hub ids or local folders.")
     ] = "tiny:llava",
     methods: Annotated[
-        str, typer.Option(help="Comma-separated: names, 'all', or with knobs such as gemfilter(layer=3).")
+        str,
+        typer.Option(help="Comma-separated: names, with knobs gemfilter(layer=3), chains flowcut@1/2+fastv, 'all'."),
     ] = "all",
     keeps: Annotated[
         str | None, typer.Option(help=f"Budgets: shares such as 1/4 or 25%, or tokens such as 64. (default: {_KEEPS})")
@@ -59,6 +60,9 @@ def eval_command(
     fast: Annotated[bool, typer.Option("--fast", help=f"A quick look: {_FAST_KEEPS}, fewer questions.")] = False,
     seed: Annotated[int, typer.Option(help="Of the bundled tasks' questions and of the bootstrap.")] = 0,
     basis: Annotated[str, typer.Option(help="What a budget counts: average (over layers) or final.")] = "average",
+    against: Annotated[
+        str, typer.Option(help="Method that every row is compared with at equal FLOPs, or none.")
+    ] = "random",
     device: Annotated[str | None, typer.Option(help="Where the model runs. (default: what is there)")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="Attention backend of transformers.")] = None,
@@ -77,6 +81,8 @@ def eval_command(
     Several models are measured one after another, each into a folder of its own below --out.
 
     In --keeps, 1 is all visual tokens (the unpruned model, always measured once); a single token is written 1t.
+
+    In a chain such as flowcut@1/2+fastv the method without an @ takes the budgets of --keeps.
     """
     from rich.console import Console
 
@@ -96,6 +102,7 @@ def eval_command(
         batch_size=batch_size,
         seed=seed,
         basis=basis,
+        against=None if against == "none" else against,
         rounds=_FAST_ROUNDS if fast else _ROUNDS,
         device=device,
         dtype=dtype,
@@ -118,7 +125,7 @@ def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console) -
         folder = out / folder_name(name) if len(models) > 1 else out
         result, paths = _run(dataclasses.replace(sweep, model=name), folder, console)
         _show(result, paths, time.perf_counter() - start, console)
-        whole = whole and not result.failed
+        whole = whole and not result.failures
     return whole
 
 
@@ -151,14 +158,8 @@ def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
         raise InputError(f"basis must be average or final, got {settings['basis']!r}.")
     require_matplotlib("vtprune eval")
     require_lmms_eval()
-    import vtprune
-
-    listed = [vtprune.methods() if name == "all" else [name] for name in _names(methods)]
-    names = tuple(dict.fromkeys(name for part in listed for name in part))
-    if not names:
-        raise InputError(f"name at least one method, got {methods!r}. Legal: all, {', '.join(vtprune.methods())}.")
     command = "vtprune " + shlex.join(sys.argv[1:])
-    return Sweep(methods=names, keeps=read, command=command, **settings)  # type: ignore[arg-type]
+    return Sweep(methods=sweep_methods(methods), keeps=read, command=command, **settings)  # type: ignore[arg-type]
 
 
 def _run(sweep: Sweep, out: Path, console: Console) -> tuple[SweepResult, dict[str, Path]]:
@@ -196,9 +197,9 @@ def _show(result: SweepResult, paths: dict[str, Path], seconds: float, console: 
     for row in result.rows:
         if row.status == "not possible":
             console.print(f"{row.name}: {row.message}", style="yellow", highlight=False, markup=False)
-    for row in result.failed:
-        last = row.message.strip().splitlines()[-1]
-        console.print(f"FAILED {row.name}: {last}", style="bold red", highlight=False, markup=False)
+    for name, message in result.failures.items():
+        last = message.strip().splitlines()[-1]
+        console.print(f"FAILED {name}: {last}", style="bold red", highlight=False, markup=False)
     for name, path in paths.items():
         console.print(f"{name:18s} {path}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{seconds:.0f} s", style="dim", highlight=False)

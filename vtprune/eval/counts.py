@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmms_eval.api.instance import TokenCounts
@@ -96,7 +96,11 @@ class PrunedTokenCounts(TokenCounts):
 
 @dataclass
 class Totals:
-    """Sums over the questions since the last `attach`; without a session every share is 1."""
+    """Sums over the questions since the last `attach`; without a session every share is 1.
+
+    Attributes:
+        batches: (text tokens, visual tokens) of every sample of each batch, padding and pruning left out.
+    """
 
     questions: int = 0
     visual_tokens: int = 0
@@ -107,6 +111,7 @@ class Totals:
     vision_flops_full: int = 0
     kv_bytes: int = 0
     kv_bytes_full: int = 0
+    batches: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
 
     def add(self, counts: Sequence[PrunedTokenCounts], report: Report | None) -> None:
         """Take in one batch."""
@@ -114,14 +119,26 @@ class Totals:
         self.visual_tokens += sum(count.visual_tokens for count in counts)
         self.average_tokens += sum(count.average_tokens for count in counts)
         if report is not None:
+            self.batches.append(tuple(zip(report.text_tokens, report.visual_tokens, strict=True)))
             for name in ("flops", "vision_flops", "kv_bytes"):
-                for field in (name, f"{name}_full"):
-                    setattr(self, field, getattr(self, field) + getattr(report, field))
+                for total in (name, f"{name}_full"):
+                    setattr(self, total, getattr(self, total) + getattr(report, total))
 
     def share(self, name: str) -> float:
         """Spent part of `flops`, `vision_flops` or `kv_bytes`; 1.0 where nothing was attached."""
         full = getattr(self, f"{name}_full")
         return getattr(self, name) / full if full else 1.0
+
+    @property
+    def compute(self) -> int:
+        """FLOPs of decoder prefill and vision tower together."""
+        return self.flops + self.vision_flops
+
+    @property
+    def compute_share(self) -> float:
+        """`compute` against unpruned."""
+        full = self.flops_full + self.vision_flops_full
+        return self.compute / full if full else 1.0
 
     def to_dict(self) -> dict[str, float]:
         """Means a question and shares."""

@@ -102,7 +102,7 @@ def _as_seen(pixel_values: torch.Tensor, image: Image.Image, image_processor: An
 
 
 def _sample(result: SweepResult, name: str, task: str, place: int) -> Sample:
-    return next(sample for sample in result.samples[name][task] if sample.doc_id == place)
+    return next(sample for sample in result.answers[name].samples[task] if sample.doc_id == place)
 
 
 def _tile(caption: str, sample: Sample, image: Image.Image) -> Tile:

@@ -11,7 +11,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from vtprune.eval.rows import UNPRUNED_ROW, Row
-from vtprune.eval.table import headers, legend, row_cells, task_label, tasks_of
+from vtprune.eval.table import difference_of, headers, legend, percent, reference_of, row_cells, task_label, tasks_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,12 +58,15 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _sort_keys(row: Row, tasks: Sequence[str]) -> list[str]:
+def _sort_keys(row: Row, tasks: Sequence[str], reference: str | None) -> list[str]:
     """One key a column of `headers`: figures sort by value, not by their text."""
     keys = [row.method, _number(float(row.keep_value)), _number(row.average_tokens)]
     for task in tasks:
         score = row.tasks.get(task)
         keys += ["", ""] if score is None else [_number(score.accuracy.value), _number(score.share)]
+        if reference is not None:
+            difference = difference_of(row, task)
+            keys.append(_number(None if difference is None else difference.value))
     return [*keys, _number(row.flops_share), _number(row.kv_share), _number(row.prefill_ratio)]
 
 
@@ -73,17 +76,28 @@ def _head(titles: Sequence[str]) -> str:
 
 
 def _cells_table(rows: Sequence[Row]) -> str:
-    tasks = tasks_of(rows)
+    tasks, reference = tasks_of(rows), reference_of(rows)
     lines = []
     for row in rows:
-        texts = row_cells(row, tasks)
-        keys = _sort_keys(row, tasks)
+        texts = row_cells(row, tasks, reference, intervals=True)
+        keys = _sort_keys(row, tasks, reference)
         cells = "".join(
             f'<td data-value="{escape(key)}">{escape(text)}</td>' for text, key in zip(texts, keys, strict=True)
         )
         style = "unpruned" if row.method == UNPRUNED_ROW else "" if row.status == "ok" else "missing"
-        lines.append(f'<tr class="{style}" title="{escape(row.message)}">{cells}</tr>')
-    return f'<table class="sortable">{_head(headers(tasks))}<tbody>{"".join(lines)}</tbody></table>'
+        lines.append(f'<tr class="{style}" title="{escape(row.message or _beside(row))}">{cells}</tr>')
+    return f'<table class="sortable">{_head(headers(tasks, reference))}<tbody>{"".join(lines)}</tbody></table>'
+
+
+def _beside(row: Row) -> str:
+    """What the row is compared with."""
+    other = row.against
+    if other is None or other.tokens is None:
+        return ""
+    return (
+        f"beside {other.method} with {other.tokens:.4g} tokens: {percent(other.reference_share, 1)} of the FLOPs "
+        f"(decoder prefill and tower), this row {percent(other.share, 1)}"
+    )
 
 
 def _kinds_table(rows: Sequence[Row], task: str) -> str:

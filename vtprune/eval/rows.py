@@ -12,7 +12,17 @@ from typing import Any, Literal
 from vtprune.errors import InputError
 from vtprune.eval.stats import Interval
 
-__all__ = ["UNPRUNED_ROW", "KindScore", "Row", "Status", "TaskScore", "by_method", "read_rows", "write_rows"]
+__all__ = [
+    "UNPRUNED_ROW",
+    "Against",
+    "KindScore",
+    "Row",
+    "Status",
+    "TaskScore",
+    "by_method",
+    "read_rows",
+    "write_rows",
+]
 
 Status = Literal["ok", "not possible", "failed"]
 UNPRUNED_ROW = "unpruned"
@@ -53,12 +63,41 @@ class TaskScore:
         return cls(share=data["share"], questions=data["questions"], images=data["images"], kinds=kinds, **intervals)
 
 
+@dataclass(frozen=True)
+class Against:
+    """A row beside a reference method that was given as many FLOPs, decoder prefill and vision tower together.
+
+    Attributes:
+        method: the reference.
+        keep: its budget: tokens, or a share where questions differ in their visual tokens.
+        share: FLOPs of the row against unpruned.
+        tokens: that entered a decoder layer of the reference, a question.
+        reference_share: FLOPs of the reference against unpruned: `share` or little more, at most 1.
+        differences: by task, accuracy of the row minus the reference's on the same questions, paired interval.
+        message: why the reference has no figures.
+    """
+
+    method: str
+    keep: int | float
+    share: float
+    tokens: float | None = None
+    reference_share: float | None = None
+    differences: dict[str, Interval] = field(default_factory=dict)
+    message: str = ""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Against:
+        """Inverse of `dataclasses.asdict`."""
+        differences = {task: Interval(**interval) for task, interval in data["differences"].items()}
+        return cls(**{**data, "differences": differences})
+
+
 @dataclass
 class Row:
     """One cell.
 
     Attributes:
-        method: registry name, or `unpruned`.
+        method: a method or chain as the user wrote it, or `unpruned`.
         keep: the budget as the user wrote it.
         keep_value: how it was read: share (float) or tokens (int).
         basis: what the budget counts.
@@ -71,6 +110,7 @@ class Row:
         flops_share, vision_flops_share, kv_share: against unpruned, decoder prefill / tower / cache.
         prefill_ratio: prefill seconds (tower included) against unpruned, medians of one interleaved run.
         prefill_ms: the median itself.
+        against: the comparison with a reference at equal FLOPs, None if there is none.
         plan: the plan as JSON.
         run: what the row was made with: model, versions, device, seed, command.
     """
@@ -90,6 +130,7 @@ class Row:
     kv_share: float | None = None
     prefill_ratio: float | None = None
     prefill_ms: float | None = None
+    against: Against | None = None
     plan: dict[str, Any] | None = None
     run: dict[str, Any] = field(default_factory=dict)
 
@@ -112,6 +153,8 @@ class Row:
         fields = dict(data)
         try:
             fields["tasks"] = {name: TaskScore.from_dict(score) for name, score in data["tasks"].items()}
+            if fields.get("against") is not None:
+                fields["against"] = Against.from_dict(fields["against"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise InputError(f"not a row of `vtprune eval`: {error} (fields {sorted(data)}).") from error

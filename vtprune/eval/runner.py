@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import platform
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vtprune.errors import BudgetError, InputError, VtpruneError
-from vtprune.eval.harness import Harness, Sample, quiet
+from vtprune.errors import InputError
+from vtprune.eval.against import compare, require_reference
+from vtprune.eval.cell import Answers, fill_row, run_cell
+from vtprune.eval.harness import Harness, quiet
 from vtprune.eval.keeps import SweepKeep
-from vtprune.eval.rows import UNPRUNED_ROW, KindScore, Row, TaskScore
-from vtprune.eval.stats import mean_interval, paired_difference
-from vtprune.specs import parse_method, split_methods
+from vtprune.eval.rows import UNPRUNED_ROW, Row
+from vtprune.specs import row_chain
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "Sweep", "SweepResult", "environment", "run_sweep", "write_predictions"]
 
 _TIMED_BATCH = 8  # enough to fill two cores; timing every cell on larger batches takes longer than the questions
-
-Samples = Mapping[str, Sequence[Sample]]
 
 
 class Progress(Protocol):
@@ -45,16 +43,20 @@ class Sweep:
 
     Attributes:
         model: what `vtprune.loading.load_model` accepts.
-        methods: registry names.
+        methods: names of methods, or chains that take the row's budget in one member (see `vtprune.specs`).
         keeps: budgets; those that mean all tokens stand for the unpruned model, which is always run once.
         tasks: lmms-eval task names.
         limit: questions a task.
         batch_size: questions a call.
         seed: of the bundled questions and of the bootstrap.
         basis: what a budget counts, `average` or `final`.
+        against: the method that every row is compared with at equal FLOPs, None for no comparison.
         rounds: measurements of each prefill, 0 for no timing.
         device, dtype, attn_implementation: for loading.
         command: how the user started it, kept with the results.
+
+    Raises:
+        VtpruneError: if a method is not known, a chain does not take one budget, or `against` cuts inside the model.
     """
 
     methods: tuple[str, ...]
@@ -65,11 +67,18 @@ class Sweep:
     batch_size: int = 16
     seed: int = 0
     basis: str = "average"
+    against: str | None = "random"
     rounds: int = 7
     device: str | None = None
     dtype: str = "auto"
     attn_implementation: str | None = None
     command: str = ""
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            row_chain(method)
+        if self.against is not None:
+            require_reference(self.against)
 
     def cells(self) -> list[tuple[str, SweepKeep]]:
         """(method, budget) of every pruned cell."""
@@ -81,12 +90,14 @@ class SweepResult:
     """Rows in order, the unpruned model first, and every answer behind them by row name."""
 
     rows: list[Row]
-    samples: dict[str, Samples] = field(default_factory=dict)
+    answers: dict[str, Answers] = field(default_factory=dict)
 
     @property
-    def failed(self) -> list[Row]:
-        """Cells that broke (a cell whose budget cannot be reached is not among them)."""
-        return [row for row in self.rows if row.status == "failed"]
+    def failures(self) -> dict[str, str]:
+        """Why cells and references broke, by name (a cell whose budget cannot be reached is not among them)."""
+        cells = {row.name: row.message for row in self.rows if row.status == "failed"}
+        lost = [row.against for row in self.rows if row.against is not None and row.against.message]
+        return cells | {f"{other.method} at {other.keep:.4g}, to compare with": other.message for other in lost}
 
 
 def run_sweep(sweep: Sweep, progress: Progress) -> tuple[SweepResult, Harness, VtpruneChat]:
@@ -98,14 +109,51 @@ def run_sweep(sweep: Sweep, progress: Progress) -> tuple[SweepResult, Harness, V
         the result, and the tasks and the model (with nothing attached) for drawing examples.
 
     Raises:
-        VtpruneError: if lmms-eval is missing, or a method, task or model is not known.
+        VtpruneError: if lmms-eval is missing, or a task or model is not known.
     """
-
-    for names in sweep.methods:
-        for method in split_methods(names, "+"):
-            parse_method(method)
     progress.start("loading lmms-eval, tasks and model", 1)
     harness = Harness(sweep.tasks, sweep.limit, sweep.seed)
+    title = UNPRUNED_ROW
+    lm = _load(sweep, lambda count: progress.step(title, count))
+    progress.step("loaded")
+
+    def ask(row: Row) -> Answers | None:
+        nonlocal title
+        title = row.name
+        progress.step(title, 0)
+        answers = run_cell(row, lm, harness)
+        if answers is None:
+            progress.step(title, harness.questions)
+        return answers
+
+    def begin(runs: int) -> None:
+        progress.start(f"{sweep.against} at equal FLOPs", harness.questions * runs)
+
+    run = {"model": sweep.model, "seed": sweep.seed, "limit": sweep.limit, "batch_size": sweep.batch_size}
+    run |= {"command": sweep.command, **environment(lm.model)}
+    cells = sweep.cells()
+    progress.start("questions", harness.questions * (len(cells) + 1))
+    result = SweepResult([Row(UNPRUNED_ROW, "1", 1.0, sweep.basis, run=run)])
+    baseline = Answers(harness.run(lm), lm.totals)
+    fill_row(result.rows[0], baseline, baseline, sweep.seed)
+    result.answers[UNPRUNED_ROW] = baseline
+    for method, keep in cells:
+        row = Row(method, keep.text, keep.value, sweep.basis, run=run)
+        result.rows.append(row)
+        answers = ask(row)
+        if answers is not None:
+            fill_row(row, answers, baseline, sweep.seed)
+            result.answers[row.name] = answers
+    if sweep.against is not None:
+        compare(result.rows, result.answers, sweep.against, sweep.seed, begin, ask)
+    lm.detach()
+    if sweep.rounds:
+        _time(result.rows, lm, harness, sweep, progress)
+    return result, harness, lm
+
+
+def _load(sweep: Sweep, on_batch: Callable[[int], object]) -> VtpruneChat:
+    """The model with its processor, nothing attached."""
     from vtprune.eval.asking import default_device
     from vtprune.eval.lmms_model import VtpruneChat
     from vtprune.loading import load_model
@@ -121,79 +169,7 @@ def run_sweep(sweep: Sweep, progress: Progress) -> tuple[SweepResult, Harness, V
         raise InputError(
             f"the model {sweep.model!r} has no processor, so it cannot be asked questions. Use `vtprune bench`."
         )
-    title = ""
-    lm = VtpruneChat(loaded=loaded, batch_size=sweep.batch_size, on_batch=lambda count: progress.step(title, count))
-    progress.step("loaded")
-
-    run = {"model": sweep.model, "seed": sweep.seed, "limit": sweep.limit, "batch_size": sweep.batch_size}
-    run |= {"command": sweep.command, **environment(lm.model)}
-    cells = sweep.cells()
-    progress.start("questions", harness.questions * (len(cells) + 1))
-    title = UNPRUNED_ROW
-    result = SweepResult([Row(UNPRUNED_ROW, "1", 1.0, sweep.basis, run=run)])
-    baseline = harness.run(lm)
-    _fill(result.rows[0], lm, baseline, baseline, sweep.seed)
-    result.samples[UNPRUNED_ROW] = baseline
-    for method, keep in cells:
-        row = Row(method, keep.text, keep.value, sweep.basis, run=run)
-        title = row.name
-        progress.step(title, 0)
-        result.rows.append(row)
-        samples = _run_cell(row, lm, harness)
-        if samples is None:
-            progress.step(title, harness.questions)
-            continue
-        _fill(row, lm, samples, baseline, sweep.seed)
-        result.samples[row.name] = samples
-    lm.detach()
-    if sweep.rounds:
-        _time(result.rows, lm, harness, sweep, progress)
-    return result, harness, lm
-
-
-def _run_cell(row: Row, lm: VtpruneChat, harness: Harness) -> Samples | None:
-    """Attach and ask; None if the cell cannot run, with the reason in the row."""
-    try:
-        session = lm.attach(row.method, row.keep_value, basis=row.basis)
-        row.plan = session.plan.to_dict()
-        return harness.run(lm)
-    except BudgetError as error:
-        row.status = "failed" if error.floor is None else "not possible"
-        row.message, row.floor = str(error), error.floor
-    # what a method or the host can raise on odd sizes; anything else is a bug in the sweep and stops it
-    except (VtpruneError, RuntimeError, ValueError, IndexError) as error:
-        row.status = "failed"
-        row.message = "".join(traceback.format_exception(error))
-    return None
-
-
-def _fill(row: Row, lm: VtpruneChat, samples: Samples, baseline: Samples, seed: int) -> None:
-    """Scores and costs of a cell that ran."""
-    totals = lm.totals.to_dict()
-    for name, value in totals.items():
-        setattr(row, name, value)
-    for task, answers in samples.items():
-        row.tasks[task] = _task_score(answers, baseline[task], seed)
-
-
-def _task_score(samples: Sequence[Sample], baseline: Sequence[Sample], seed: int) -> TaskScore:
-    images = [sample.image_id for sample in samples]
-    scores = [sample.score for sample in samples]
-    reference = [sample.score for sample in baseline]
-    unpruned = sum(reference) / len(reference)
-    accuracy = mean_interval(scores, images, seed)
-    by_kind: dict[str, list[float]] = {}
-    for sample in samples:
-        if sample.kind is not None:
-            by_kind.setdefault(sample.kind, []).append(sample.score)
-    return TaskScore(
-        accuracy=accuracy,
-        share=accuracy.value / unpruned if unpruned else None,
-        difference=paired_difference(scores, reference, images, seed),
-        questions=len(samples),
-        images=len(set(images)),
-        kinds={kind: KindScore(sum(group) / len(group), len(group)) for kind, group in sorted(by_kind.items())},
-    )
+    return VtpruneChat(loaded=loaded, batch_size=sweep.batch_size, on_batch=on_batch)
 
 
 def _time(rows: Sequence[Row], lm: VtpruneChat, harness: Harness, sweep: Sweep, progress: Progress) -> None:
@@ -242,9 +218,9 @@ def write_predictions(result: SweepResult, path: Path) -> None:
     """One JSON object a question and cell: what was answered, and what was kept."""
     rows = {row.name: row for row in result.rows}
     with path.open("w", encoding="utf-8") as file:
-        for name, by_task in result.samples.items():
+        for name, answers in result.answers.items():
             row = rows[name]
-            for sample in (sample for samples in by_task.values() for sample in samples):
+            for sample in (sample for samples in answers.samples.values() for sample in samples):
                 line = {
                     "method": row.method,
                     "keep": row.keep,

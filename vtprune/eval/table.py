@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,13 +10,18 @@ from rich import box
 from rich.table import Table
 
 from vtprune.eval.rows import UNPRUNED_ROW, Row, TaskScore
+from vtprune.eval.stats import Interval
+from vtprune.specs import split_methods
 
 __all__ = [
     "accuracy_text",
+    "difference_of",
     "headers",
     "legend",
     "markdown",
     "percent",
+    "points_text",
+    "reference_of",
     "rich_table",
     "row_cells",
     "share_text",
@@ -36,9 +42,15 @@ def tasks_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(task for row in rows for task in row.tasks))
 
 
-def headers(tasks: Sequence[str]) -> list[str]:
-    """Column titles."""
-    scores = [title for task in tasks for title in (f"{task_label(task)} %", "of full")]
+def reference_of(rows: Sequence[Row]) -> str | None:
+    """The method that the rows are compared with at equal FLOPs, None if there is no comparison."""
+    return next((row.against.method for row in rows if row.against is not None), None)
+
+
+def headers(tasks: Sequence[str], reference: str | None = None) -> list[str]:
+    """Column titles; with a `reference` one more a task."""
+    extra = [] if reference is None else [f"vs {reference}"]
+    scores = [title for task in tasks for title in (f"{task_label(task)} %", "of full", *extra)]
     return ["method", "keep", "tokens", *scores, "FLOPs", "KV", "time"]
 
 
@@ -58,23 +70,39 @@ def share_text(score: TaskScore) -> str:
     return percent(score.share) + ("*" if score.difference.high < 0 else "")
 
 
-def row_cells(row: Row, tasks: Sequence[str]) -> list[str]:
-    """The texts of one row, in the order of `headers`."""
+def points_text(difference: Interval | None, *, interval: bool = False) -> str:
+    """`+7.3*`: points of accuracy, starred if beyond noise either way; `+7.3* [+2.0, +12.5]` with the interval."""
+    if difference is None:
+        return _NONE
+    star = "*" if difference.low > 0 or difference.high < 0 else ""
+    bounds = f" [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]" if interval else ""
+    return f"{100 * difference.value:+.1f}{star}{bounds}"
+
+
+def difference_of(row: Row, task: str) -> Interval | None:
+    """Accuracy of the row minus that of its reference, None if they were not compared."""
+    return None if row.against is None else row.against.differences.get(task)
+
+
+def row_cells(row: Row, tasks: Sequence[str], reference: str | None = None, *, intervals: bool = False) -> list[str]:
+    """The texts of one row, in the order of `headers`; `intervals` writes those of the comparison out."""
     keep = "all" if row.method == UNPRUNED_ROW else row.keep
     if row.status != "ok":
         floor = _NONE if row.floor is None else f"floor {row.floor:.1f}"
-        return [row.method, keep, floor, row.status, *[_NONE] * (2 * len(tasks) + 2)]
+        return [row.method, keep, floor, row.status, *[_NONE] * (len(headers(tasks, reference)) - 4)]
     scores: list[str] = []
     for task in tasks:
         score = row.tasks.get(task)
         scores += [_NONE, _NONE] if score is None else [accuracy_text(score), share_text(score)]
+        if reference is not None:
+            scores.append(points_text(difference_of(row, task), interval=intervals))
     tokens = _NONE if row.average_tokens is None else f"{row.average_tokens:.1f}"
     prefill = _NONE if row.prefill_ratio is None else f"{row.prefill_ratio:.2f}"
     return [row.method, keep, tokens, *scores, percent(row.flops_share), percent(row.kv_share), prefill]
 
 
-def legend(rows: Sequence[Row]) -> str:
-    """What the columns mean, with the numbers of this run."""
+def legend(rows: Sequence[Row], *, compared: bool = True) -> str:
+    """What the columns mean, with the numbers of this run; `compared` explains the comparison, if there is one."""
     first = rows[0]
     counts = [f"{task_label(task)} {s.questions} questions on {s.images} images" for task, s in first.tasks.items()]
     total = "" if first.visual_tokens is None else f" of {first.visual_tokens:.0f}"
@@ -84,37 +112,67 @@ def legend(rows: Sequence[Row]) -> str:
         "of full: share of the unpruned accuracy, * where the paired 95 % interval of the loss excludes 0. "
         "FLOPs, KV: share of the unpruned decoder prefill and cache. "
         "time: prefill against unpruned, vision tower included, medians of one interleaved run."
+        f"{_reference_legend(rows) if compared else ''}"
+    )
+
+
+def _reference_legend(rows: Sequence[Row]) -> str:
+    """What a row is compared with, and which share of the FLOPs that had."""
+    found = [
+        (row.against.tokens, row.against.reference_share, row.against.share)
+        for row in rows
+        if row.against is not None and row.against.tokens is not None and row.against.reference_share is not None
+    ]
+    if not found:
+        return ""
+    name = reference_of(rows)
+    tokens, shares, mine = zip(*found, strict=True)
+    above = max(0.0, *(100 * (share - own) for share, own in zip(shares, mine, strict=True)))
+    most = "; all tokens where that is not enough" if any(map(operator.lt, shares, mine)) else ""
+    return (
+        f" vs {name}: points of accuracy beyond {name} at the same FLOPs, decoder prefill and vision tower counted "
+        "together, * where the paired 95 % interval excludes 0. "
+        f"{name} kept the fewest tokens that cost no less than the row{most}: {min(tokens):.4g} to {max(tokens):.4g} "
+        f"tokens, {100 * min(shares):.1f} to {100 * max(shares):.1f} % of the unpruned FLOPs, at most {above:.2f} % of "
+        "them above the row."
     )
 
 
 def rich_table(rows: Sequence[Row], width: int = 120) -> Table:
-    """The table for a terminal of `width` columns, one block a method; two tasks fit into 80."""
-    tasks = tasks_of(rows)
+    """The table for a terminal of `width` columns, one block a method; two tasks fit into 80.
+
+    Below 100 columns the comparison with a reference is left out, and its legend with it.
+    """
+    tasks, wide = tasks_of(rows), width >= 100
+    reference = reference_of(rows) if wide else None
     table = Table(
         title="Accuracy against token budget",
-        caption=legend(rows),
+        caption=legend(rows, compared=wide),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
-        padding=(0, 1 if width >= 100 else 0, 0, 0),
+        padding=(0, 1 if wide else 0, 0, 0),
     )
-    for index, title in enumerate(headers(tasks)):
+    for index, title in enumerate(headers(tasks, reference)):
         words = title.replace(" ", "\n") if index > 2 else title
-        # only the tokens column may fold: it also holds the floor of a budget out of reach
+        # only these fold: chains are long, and the tokens column also holds the floor of a budget out of reach
+        folds = index in (0, 2)
         justify = "left" if index < 2 else "right"
-        table.add_column(words, justify=justify, no_wrap=index != 2, min_width=6 if index == 2 else None)
+        least = {0: 8, 2: 6}.get(index)
+        table.add_column(words, justify=justify, no_wrap=not folds, min_width=least, overflow="fold")
     for row, following in pairwise([*rows, None]):
         if row is not None:
             ends = following is None or following.method != row.method
             style = "bold" if row.method == UNPRUNED_ROW else "red" if row.status == "failed" else None
-            table.add_row(*row_cells(row, tasks), end_section=ends, style=style)
+            method, *cells = row_cells(row, tasks, reference)
+            table.add_row("\n+".join(split_methods(method, "+")), *cells, end_section=ends, style=style)
     return table
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The same table as Markdown, legend below."""
-    tasks = tasks_of(rows)
-    titles = headers(tasks)
+    tasks, reference = tasks_of(rows), reference_of(rows)
+    titles = headers(tasks, reference)
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * (len(titles) - 2)]
-    lines += ["| " + " | ".join(row_cells(row, tasks)) + " |" for row in rows]
+    lines += ["| " + " | ".join(row_cells(row, tasks, reference)) + " |" for row in rows]
     return "\n".join([*lines, "", legend(rows)]) + "\n"

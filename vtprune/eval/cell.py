@@ -1,0 +1,84 @@
+"""One cell of a sweep: attach, ask every question, and put scores and costs, or what went wrong, into its row."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vtprune.errors import BudgetError, VtpruneError
+from vtprune.eval.rows import KindScore, Row, TaskScore
+from vtprune.eval.stats import Interval, mean_interval, paired_difference
+
+if TYPE_CHECKING:
+    from vtprune.budget import Geometry
+    from vtprune.eval.counts import Totals
+    from vtprune.eval.harness import Harness, Sample
+    from vtprune.eval.lmms_model import VtpruneChat
+
+__all__ = ["Answers", "fill_row", "paired", "run_cell"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a cell said and what that cost.
+
+    Attributes:
+        samples: by task, in order of doc id.
+        totals: sums over the questions.
+        geometry: the model's shape, None if nothing was attached.
+    """
+
+    samples: Mapping[str, Sequence[Sample]]
+    totals: Totals
+    geometry: Geometry | None = None
+
+
+def run_cell(row: Row, lm: VtpruneChat, harness: Harness) -> Answers | None:
+    """Attach and ask; None if the cell cannot run, with the reason in the row."""
+    try:
+        session = lm.attach(row.method, row.keep_value, basis=row.basis)
+        row.plan = session.plan.to_dict()
+        return Answers(harness.run(lm), lm.totals, session.geometry)
+    except BudgetError as error:
+        row.status = "failed" if error.floor is None else "not possible"
+        row.message, row.floor = str(error), error.floor
+    # what a method or the host can raise on odd sizes; anything else is a bug in the sweep and stops it
+    except (VtpruneError, RuntimeError, ValueError, IndexError) as error:
+        row.status = "failed"
+        row.message = "".join(traceback.format_exception(error))
+    return None
+
+
+def fill_row(row: Row, answers: Answers, baseline: Answers, seed: int) -> None:
+    """Scores and costs of a cell that ran."""
+    for name, value in answers.totals.to_dict().items():
+        setattr(row, name, value)
+    for task, samples in answers.samples.items():
+        row.tasks[task] = _task_score(samples, baseline.samples[task], seed)
+
+
+def paired(samples: Sequence[Sample], reference: Sequence[Sample], seed: int) -> Interval:
+    """Accuracy minus that of the reference on the same questions, bootstrap over images."""
+    images = [sample.image_id for sample in samples]
+    return paired_difference([s.score for s in samples], [s.score for s in reference], images, seed)
+
+
+def _task_score(samples: Sequence[Sample], baseline: Sequence[Sample], seed: int) -> TaskScore:
+    images = [sample.image_id for sample in samples]
+    scores = [sample.score for sample in samples]
+    unpruned = sum(sample.score for sample in baseline) / len(baseline)
+    accuracy = mean_interval(scores, images, seed)
+    by_kind: dict[str, list[float]] = {}
+    for sample in samples:
+        if sample.kind is not None:
+            by_kind.setdefault(sample.kind, []).append(sample.score)
+    return TaskScore(
+        accuracy=accuracy,
+        share=accuracy.value / unpruned if unpruned else None,
+        difference=paired(samples, baseline, seed),
+        questions=len(samples),
+        images=len(set(images)),
+        kinds={kind: KindScore(sum(group) / len(group), len(group)) for kind, group in sorted(by_kind.items())},
+    )

@@ -61,7 +61,7 @@ def eval_command(
     seed: Annotated[int, typer.Option(help="Of the bundled tasks' questions and of the bootstrap.")] = 0,
     basis: Annotated[str, typer.Option(help="What a budget counts: average (over layers) or final.")] = "average",
     against: Annotated[
-        str, typer.Option(help="Method that every row is compared with at equal FLOPs, or none.")
+        str, typer.Option(help="Compare every row with this method at equal FLOPs, or none.")
     ] = "random",
     device: Annotated[str | None, typer.Option(help="Where the model runs. (default: what is there)")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -84,12 +84,6 @@ def eval_command(
 
     In a chain such as flowcut@1/2+fastv the method without an @ takes the budgets of --keeps.
     """
-    from rich.console import Console
-
-    # the runner redirects stdout while lmms-eval is at work, so the console holds on to the real one
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console.width = 120
     models = _names(model)
     if not models:
         raise InputError(f"name at least one model, got {model!r}.")
@@ -109,10 +103,21 @@ def eval_command(
         attn_implementation=attn_implementation,
     )
     _check_models(models)
+    console = _console()
     for keep in first.keeps:
         console.print(f"keep {keep}", style="dim", highlight=False)
     if not _run_all(first, models, out, console):
         raise typer.Exit(1)
+
+
+def _console() -> Console:
+    """The real stdout: the runner redirects it while lmms-eval is at work."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console.width = 120
+    return console
 
 
 def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console) -> bool:

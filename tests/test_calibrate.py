@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune.calibrate import LayerRow, calibrate_gemfilter, candidate_layers, choose_layer
+from vtprune.calibrate import _Force as Force
 from vtprune.cli import app
 from vtprune.commands.calibrate import read_layers, read_questions
 from vtprune.errors import BudgetError, InputError
@@ -104,6 +105,14 @@ def test_the_model_is_left_unpruned() -> None:
     before = model(**PROMPTS[0]).logits
     calibrate_gemfilter(model, PROMPTS, KEEP, [1], max_new_tokens=1)
     assert torch.equal(model(**PROMPTS[0]).logits, before)
+
+
+def test_one_token_of_its_own_is_not_the_same_answer() -> None:
+    force = Force(torch.tensor([1, 2]))
+    for best in (0, 2):
+        forced = force(torch.zeros(1, 1, dtype=torch.long), torch.eye(3)[best][None])
+    assert forced[0].argmax() == 2
+    assert not force.same
 
 
 def test_generation_settings_of_the_checkpoint_change_nothing() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 
 import vtprune
 from vtprune.budget import Budget
+from vtprune.contract import Scorer, TokenView
 from vtprune.cost import image_macs, plan_cost
 from vtprune.errors import BudgetError, PlanError
 from vtprune.hooks.cache import record_of
 from vtprune.hooks.validate import asked_layers, watched_transitions
-from vtprune.plan import Plan, Site
+from vtprune.plan import Plan, Site, Stage
 from vtprune.scorers import transprune
 from vtprune.scorers.transprune import TransPrune, transition_variation
 
@@ -236,6 +238,7 @@ def by_hand(case: Any, inputs: dict[str, Any], cut: int, since: int) -> list[tup
             turn = (1 - torch.cosine_similarity(x, y, dim=-1)).exp()
             ttv += y.norm(dim=-1) / x.norm(dim=-1) * turn / turn[real].sum()
         rows = torch.arange(int(at[-1]) + 1, len(real))
+        rows = rows[real[rows]]
         found.append((ttv[at], attention[b].mean(0)[rows][:, past + at].mean(0)))
     return found
 
@@ -273,6 +276,70 @@ def test_scores_equal_the_formula_by_hand(name: str, attention: str, monkeypatch
         for knobs, score in want.items():
             said = functools.partial("{}: {}".format, knobs)
             torch.testing.assert_close(scores[knobs][b], score, rtol=1e-4, atol=1e-6, msg=said)
+
+
+@torch.no_grad()
+def test_padding_behind_a_prompt_asks_nothing() -> None:
+    case = CASES["llava"]
+    inputs = case.batch(Row((("image", None),), 1, 3, 0), Row((("image", None),), 1, 9, 1), left=False)
+    model = case.model()
+    with vtprune.prune(model, TransPrune(layers=(2,), ratios=(0.5,)), record_scores=True) as session:
+        model(**inputs)
+        scores = session.report.kept[0].scores
+    assert scores is not None
+    for score, (ttv, iga) in zip(scores, by_hand(case, inputs, 2, 1), strict=True):
+        torch.testing.assert_close(score, (ttv / ttv.sum() + iga / iga.sum()) / 2, rtol=1e-4, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Keeps(Scorer):
+    """Keeps what it is told."""
+
+    name: ClassVar[str] = "keeps"
+
+    tokens: tuple[int, ...] = ()
+
+    def score(self, view: TokenView) -> Tensor:
+        return torch.isin(view.original, torch.tensor(self.tokens)).float()
+
+
+@torch.no_grad()
+def test_a_pass_that_is_broken_off_is_asked_in_its_own_layer_and_leaves_no_transitions() -> None:
+    """Layer 1 is asked and watched too, but not in the pass up to layer 2."""
+    case = CASES["llava"]
+    model, inputs = case.model(), case.batch(Row((("image", None),)))
+    with vtprune.prune(model, vtprune.GemFilter(layer=2), 9, basis="final") as session:
+        model(**inputs)
+        (alone,) = session.report.kept
+    asks = TransPrune(layers=(1, 2), ratios=(0.6, 0.3), since=0)
+    later = [Stage(Site("layer", 1), asks, 6), Stage(Site("layer", 2), asks, 3)]
+    kept = []
+    for first in (
+        Stage(Site("restart", 2), vtprune.GemFilter(layer=2), 9),
+        Stage(Site("input"), Keeps(tuple(alone.indices[0].tolist())), 9),
+    ):
+        with vtprune.prune(model, Plan((first, *later)), record_scores=True) as session:
+            model(**inputs)
+            kept.append(session.report.kept)
+    assert torch.equal(kept[0][0].indices[0], alone.indices[0])
+    for mine, want in zip(kept[0][1:], kept[1][1:], strict=True):
+        assert torch.equal(mine.indices[0], want.indices[0])
+        torch.testing.assert_close(mine.scores, want.scores, rtol=1e-5, atol=1e-6)
+
+
+def test_signals_are_no_part_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, graphs = CASES["llava"], []
+    observe = TransPrune.observe_transition
+
+    def note(self: TransPrune, view: Any, memory: Any) -> Any:
+        graphs.append(torch.is_grad_enabled())
+        return observe(self, view, memory)
+
+    monkeypatch.setattr(TransPrune, "observe_transition", note)
+    model = case.model()
+    with vtprune.prune(model, TransPrune(layers=(2,), ratios=(0.5,))):
+        model(**case.batch(Row((("image", None),))))
+    assert graphs == [False, False]
 
 
 @torch.no_grad()

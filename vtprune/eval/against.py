@@ -1,7 +1,8 @@
 """Each row beside a reference method with the same FLOPs: is a method better than, say, dropping tokens at random?
 
-FLOPs here are those of decoder prefill and vision tower together, because methods save in both. The reference cuts
-before the decoder, so its cost is known from its number of tokens; it gets the fewest that cost no less than the row.
+FLOPs here are those of the decoder prefill: what a method saves in the vision tower, which the reference cannot, does
+not make the reference weaker. The reference cuts before the decoder, so its cost is known from its number of tokens; it
+gets the fewest that cost no less than the row.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class InputCut:
         self._kept: dict[tuple[int | float, int], int] = {}
 
     def flops(self, keep: int | float) -> int:
-        """Decoder prefill of all batches as run, padding included; the whole vision tower."""
-        total = self._totals.vision_flops_full
+        """Decoder prefill of all batches as run, padding included."""
+        total = 0
         for batch in self._totals.batches:
             rows = max(text + self._survivors(keep, visual) for text, visual in batch)
             total += len(batch) * prefill_flops(self._geometry, [rows] * self._geometry.layers)
@@ -112,9 +113,9 @@ def compare(
         return
     wanted: dict[int | float, list[Row]] = {}
     for row in others:
-        wanted.setdefault(cut.match(answers[row.name].totals.compute), []).append(row)
+        wanted.setdefault(cut.match(answers[row.name].totals.flops), []).append(row)
     known = {cut.keeps[-1]: answers[UNPRUNED_ROW]}
-    costs = {answers[row.name].totals.compute: answers[row.name] for row in own}
+    costs = {answers[row.name].totals.flops: answers[row.name] for row in own}
     known |= {keep: costs[cut.flops(keep)] for keep in wanted if cut.flops(keep) in costs}
     begin(len(wanted.keys() - known.keys()))
     for keep, its_rows in wanted.items():
@@ -125,7 +126,7 @@ def compare(
 
 
 def _against(run: Row, found: Answers | None, mine: Answers, seed: int) -> Against:
-    share = mine.totals.compute_share
+    share = mine.totals.share("flops")
     if found is None:
         return Against(run.method, run.keep_value, share, message=run.message)
     return Against(
@@ -133,6 +134,6 @@ def _against(run: Row, found: Answers | None, mine: Answers, seed: int) -> Again
         run.keep_value,
         share,
         tokens=found.totals.to_dict()["average_tokens"],
-        reference_share=found.totals.compute_share,
+        reference_share=found.totals.share("flops"),
         differences={task: paired(samples, found.samples[task], seed) for task, samples in mine.samples.items()},
     )

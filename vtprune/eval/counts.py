@@ -129,17 +129,6 @@ class Totals:
         full = getattr(self, f"{name}_full")
         return getattr(self, name) / full if full else 1.0
 
-    @property
-    def compute(self) -> int:
-        """FLOPs of decoder prefill and vision tower together."""
-        return self.flops + self.vision_flops
-
-    @property
-    def compute_share(self) -> float:
-        """`compute` against unpruned."""
-        full = self.flops_full + self.vision_flops_full
-        return self.compute / full if full else 1.0
-
     def to_dict(self) -> dict[str, float]:
         """Means a question and shares."""
         questions = max(1, self.questions)

@@ -96,7 +96,7 @@ def _beside(row: Row) -> str:
         return ""
     return (
         f"beside {other.method} with {other.tokens:.4g} tokens: {percent(other.reference_share, 1)} of the FLOPs "
-        f"(decoder prefill and tower), this row {percent(other.share, 1)}"
+        f"(decoder prefill), this row {percent(other.share, 1)}"
     )
 
 

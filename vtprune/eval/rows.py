@@ -65,7 +65,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Against:
-    """A row beside a reference method that was given as many FLOPs, decoder prefill and vision tower together.
+    """A row beside a reference method that was given as many FLOPs of decoder prefill.
 
     Attributes:
         method: the reference.

@@ -130,8 +130,8 @@ def _reference_legend(rows: Sequence[Row]) -> str:
     above = max(0.0, *(100 * (share - own) for share, own in zip(shares, mine, strict=True)))
     most = "; all tokens where that is not enough" if any(map(operator.lt, shares, mine)) else ""
     return (
-        f" vs {name}: points of accuracy beyond {name} at the same FLOPs, decoder prefill and vision tower counted "
-        "together, * where the paired 95 % interval excludes 0. "
+        f" vs {name}: points of accuracy beyond {name} at the same FLOPs of decoder prefill (what is saved in the "
+        "tower not counted), * where the paired 95 % interval excludes 0. "
         f"{name} kept the fewest tokens that cost no less than the row{most}: {min(tokens):.4g} to {max(tokens):.4g} "
         f"tokens, {100 * min(shares):.1f} to {100 * max(shares):.1f} % of the unpruned FLOPs, at most {above:.2f} % of "
         "them above the row."

@@ -16,7 +16,7 @@ from vtprune.bench.measure import BareDecoder, Prefill, cache_bytes, peak_bytes,
 from vtprune.bench.plot import plot_bench
 from vtprune.bench.rows import warnings_of
 from vtprune.bench.runner import BenchConfig, run_bench
-from vtprune.bench.table import bench_table, break_even
+from vtprune.bench.table import bench_markdown, bench_table, break_even
 from vtprune.bench.timing import interleaved_medians, summarise
 from vtprune.errors import BudgetError, InputError, UnsupportedModelError
 from vtprune.presets import PRESETS, build_random, preset_config, random_inputs
@@ -347,6 +347,7 @@ def test_bench_says_what_a_schedule_cannot_reach(capsys: pytest.CaptureFixture[s
     assert rows[-1]["floor"] > 1
     Console(width=200).print(bench_table(rows))
     assert f"not possible (floor {rows[-1]['floor']:.4g})" in capsys.readouterr().out
+    assert f"| fastv | 1 | not possible (floor {rows[-1]['floor']:.4g}) |" in bench_markdown(rows)
 
 
 def test_bench_refuses_a_method_that_changes_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,12 +409,23 @@ def test_bench_command_measures_all_combinations_and_plots(tmp_path: Path) -> No
     out, plot = tmp_path / "bench.jsonl", tmp_path / "deep" / "bench.png"
     args = ["bench", "--model", "random:mini", "--methods", "uniform", "--keeps", "1/2", "--rounds", "1"]
     args += ["--decode-steps", "1", "--batch-size", "1,2", "--text-tokens", "9", "--images", "1,2"]
-    result = CliRunner().invoke(app, [*args, "--out", str(out), "--plot", str(plot)])
+    table = tmp_path / "deep" / "table.md"
+    result = CliRunner().invoke(app, [*args, "--out", str(out), "--plot", str(plot), "--table", str(table)])
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     shapes = [(r["config"]["batch_size"], r["prompt"]["text_tokens"], r["prompt"]["visual_tokens"]) for r in rows[::2]]
     assert shapes == [(b, 9, 16 * n) for n in (1, 2) for b in (1, 2)]
     assert plot.read_bytes().startswith(b"\x89PNG")
+    written = table.read_text(encoding="utf-8")
+    assert f"torch {torch.__version__}" in written.splitlines()[0]
+    assert written.count("| method | keep |") == 4
+    whole, half = [line.split(" | ") for line in written.splitlines() if line.startswith("| uniform")][:2]
+    assert (whole[1], whole[4]) == ("all", "identical")
+    assert (half[1], half[3], half[4]) == (
+        "1/2",
+        f"{rows[1]['prefill_flop_ratio']:.2f}",
+        f"{rows[1]['prefill_quotient']:.2f}",
+    )
     assert "batch 2, 32 visual and 9 text tokens a sample" in " ".join(result.output.split())
     for option, text in (("--batch-size", "0"), ("--images", "1,x")):
         bad = CliRunner().invoke(app, [*args, option, text])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from rich.table import Table
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from vtprune.bench.rows import is_all
 
-__all__ = ["bench_table", "break_even", "keep_text", "setting"]
+__all__ = ["about", "bench_markdown", "bench_table", "break_even", "keep_text", "setting"]
 
 TARGET = 0.95  # of the speed-up that the FLOP count allows
 OVERHEAD = 0.01  # of a prefill or a decode step, attached at keep = 1
@@ -59,6 +60,13 @@ def setting(row: dict[str, Any]) -> str:
         f"batch {config['batch_size']}, {visual.get('visual_tokens', '?')} visual and {visual.get('text_tokens', '?')} "
         "text tokens a sample"
     )
+
+
+def about(row: dict[str, Any]) -> str:
+    """Device, threads, dtype and versions of a row."""
+    versions, threads = row["versions"], row["threads"]
+    names = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
+    return f"{row['device']['name']}, {threads} thread{'s' if threads > 1 else ''}, {row['dtype']}, {names}"
 
 
 def break_even(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -129,3 +137,64 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
             floor = f"not possible (floor {row['floor']:.4g})" if row["floor"] is not None else row["reason"]
             table.add_row(row["method"], keep_text(row["keep"]), Text(floor, style="dim"))
     return table
+
+
+def bench_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The same for documents, in shares of the unpruned call: one table a prompt size, and what its columns mean."""
+    lines: list[str] = []
+    title = ""
+    for row in rows:
+        if setting(row) != title:
+            title = setting(row)
+            lines += ["", f"{title}:", "", _markdown_row(_TITLES), _markdown_row(["---", "---", *["---:"] * 9])]
+        keep = "all" if is_all(row["keep"]) else _share(row["keep"])
+        if not row["possible"]:
+            floor = "" if row["floor"] is None else f" (floor {row['floor']:.4g})"
+            lines.append(_markdown_row([row["method"], keep, f"not possible{floor}", *[""] * 8]))
+            continue
+        whole = is_all(row["keep"])
+        lines.append(
+            _markdown_row(
+                [
+                    row["method"],
+                    keep,
+                    f"{100 * (row['prefill_ratio'] - 1):+.1f} %" if whole else f"{row['prefill_ratio']:.2f}",
+                    f"{row['prefill_flop_ratio']:.2f}",
+                    "identical" if whole else f"{row['prefill_quotient']:.2f}",
+                    "" if whole else f"{row['bare_quotient']:.2f}",
+                    "" if whole else f"{100 * row['scoring_share']:.1f} %",
+                    f"{row['total_ratio']:.2f}",
+                    f"{row['decode_ratio']:.2f}",
+                    f"{row['peak_bytes'] / row['peak_bytes_full']:.2f}",
+                    f"{row['kv_bytes'] / row['kv_bytes_full']:.2f}",
+                ]
+            )
+        )
+    proved = all(row["oracle_error"] is not None for row in rows if row["possible"] and not is_all(row["keep"]))
+    return "\n".join([*lines[1:], "", _LEGEND + (_PROVED if proved else _NOT_PROVED), ""])
+
+
+_TITLES = (
+    *("method", "keep", "prefill", "FLOPs", "quotient", "bare", "scoring", "with tower", "decode step"),
+    *("peak memory", "KV"),
+)
+_LEGEND = (
+    "prefill (decoder with scoring), with tower, decode step, peak memory, KV: against unpruned, medians of one "
+    "interleaved run; at keep = all the overhead of being attached. quotient: speed-up of the prefill as a share of "
+    "what the FLOP count allows. bare: the same for the decoder alone, not pruned, on a prompt that is as short from the "
+    "start, which is what this machine makes of fewer tokens. scoring: share of the call that scorers take. "
+)
+_PROVED = "Every row was first proved equal to the unpruned model with the same tokens hidden, on this batch."
+_NOT_PROVED = "Rows that the masked oracle does not serve were not proved on this batch."
+
+
+def _share(keep: float) -> str:
+    """`64` for tokens, `1/9` or `0.35` for a share."""
+    if isinstance(keep, int):
+        return str(keep)
+    part = Fraction(keep).limit_denominator(99)
+    return str(part) if abs(part - keep) < 1e-9 else f"{keep:.3g}"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")

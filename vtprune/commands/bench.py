@@ -39,6 +39,7 @@ def bench_command(
     threads: int | None = typer.Option(None, "--threads", min=1, help="CPU threads; torch's default if not set."),
     seed: int = typer.Option(0, "--seed"),
     out: Path | None = typer.Option(None, "--out", help="Write one JSON line a cell."),
+    table: Path | None = typer.Option(None, "--table", help="Write the table as Markdown."),
     plot: Path | None = typer.Option(None, "--plot", help="Draw speed-up against budget, and cost against length."),
 ) -> None:
     """Time prefill and decoding, and count memory, for every method and budget.
@@ -77,7 +78,9 @@ def bench_command(
     extra = {"model": model, "dtype": str(loaded.dtype).removeprefix("torch."), "attention": attn or "default"}
     # without the folder of the program: rows are shared between machines
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    _measure_and_print(loaded, list(zip(configs, prompts, strict=True)), {**extra, "command": command}, out, plot)
+    _measure_and_print(
+        loaded, list(zip(configs, prompts, strict=True)), {**extra, "command": command}, out, table, plot
+    )
 
 
 def read_numbers(option: str, text: str) -> list[int]:
@@ -108,12 +111,13 @@ def _measure_and_print(
     grid: list[tuple[BenchConfig, dict[str, Any]]],
     extra: dict[str, Any],
     out: Path | None,
+    table: Path | None,
     plot: Path | None,
 ) -> None:
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from vtprune.bench.runner import run_bench
-    from vtprune.bench.table import break_even
+    from vtprune.bench.table import about, bench_markdown, break_even
     from vtprune.commands.show import console
 
     screen = console()
@@ -138,12 +142,16 @@ def _measure_and_print(
         _print_table(screen, rows[first:])
     for line in break_even(rows):
         screen.print(line, markup=False, soft_wrap=True)
+    if table is not None:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        head = f"`{extra['command']}` ({about(rows[0])}):\n\n"
+        table.write_text(head + bench_markdown(rows), encoding="utf-8")
     if plot is not None:
         from vtprune.bench.plot import plot_bench
 
         plot.parent.mkdir(parents=True, exist_ok=True)
         plot_bench(rows, plot)
-    for path in (out, plot):
+    for path in (out, table, plot):
         if path is not None:
             screen.print(f"written to {path}", markup=False, soft_wrap=True)
 

@@ -13,6 +13,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 LMMS_EVAL ?= lmms-eval==0.7.3
 OUT ?= runs
 MODELS ?= tiny:llava,tiny:qwen2_vl,tiny:internvl
+# every method as it is, and three with depths that suit twelve layers: by themselves, and behind a cut in the tower
+METHODS ?= all,gemfilter(layer=3),transprune(layers=(5,6,8)),flowcut@1/2+transprune(layers=(5,6,8))
 ARGS ?=
 # the oldest supported transformers, and the hub client it needs, in a folder that goes before the environment's own
 OLDEST ?= transformers==5.16.*
@@ -39,7 +41,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 run: $(STAMP)
-	$(BIN)/vtprune eval --model $(MODELS) --out $(OUT)/latest $(if $(filter 1,$(FAST)),--fast) $(ARGS)
+	$(BIN)/vtprune eval --model $(MODELS) --methods '$(METHODS)' --out $(OUT)/latest $(if $(filter 1,$(FAST)),--fast) $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
@@ -62,7 +64,7 @@ types: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	$(BIN)/vtprune bench --model random:llama-0.3b --methods all --keeps 1/3,2/9,1/9 --out $(OUT)/bench.jsonl $(ARGS)
+	$(BIN)/vtprune bench --model random:llama-0.3b --methods all --keeps 1/3,2/9,1/9 --out $(OUT)/bench.jsonl --table $(OUT)/bench.md --plot $(OUT)/bench.png $(ARGS)
 
 clean:
 	rm -rf $(VENV) .oldest build dist

@@ -181,8 +181,8 @@ _TITLES = (
 _LEGEND = (
     "prefill (decoder with scoring), with tower, decode step, peak memory, KV: against unpruned, medians of one "
     "interleaved run; at keep = all the overhead of being attached. quotient: speed-up of the prefill as a share of "
-    "what the FLOP count allows. bare: the same for the decoder alone, not pruned, on a prompt that is as short from the "
-    "start, which is what this machine makes of fewer tokens. scoring: share of the call that scorers take. "
+    "what the FLOP count allows. bare: the same for the decoder alone, not pruned, on a prompt that is as short from "
+    "the start, which is what this machine makes of fewer tokens. scoring: share of the call that scorers take. "
 )
 _PROVED = "Every row was first proved equal to the unpruned model with the same tokens hidden, on this batch."
 _NOT_PROVED = "Rows that the masked oracle does not serve were not proved on this batch."

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import interpreter  # noqa: F401 (before anything that imports Triton)
+
+# isort: split
 import family_table
 import generic_models  # noqa: F401 (adds its cases)
 import pytest

@@ -298,7 +298,10 @@ def test_merge_tokens_errors_name_the_values() -> None:
 def test_unknown_implementation_is_refused_with_a_suggestion() -> None:
     hidden, index = randn(1, 5, 3), torch.tensor([[0]])
     own, valid = torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool)
-    message = r"Unknown kernel implementation 'refrence'. Did you mean 'reference'\? Available: auto, reference, torch"
+    message = (
+        r"Unknown kernel implementation 'refrence'. Did you mean 'reference'\? "
+        r"Available: auto, reference, torch, triton"
+    )
     with pytest.raises(UnknownNameError, match=message):
         keep_tokens([hidden], index, impl="refrence")
     with pytest.raises(UnknownNameError, match=message):

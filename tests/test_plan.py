@@ -205,18 +205,3 @@ def test_planned_cost_is_the_reported_one(counts: tuple[int, ...]) -> None:
     # as a later method sees it
     first, rest = Plan(plan.stages[:1]), Plan(plan.stages[1:])
     assert plan_cost(rest, shape.after(first), "flops") == plan_cost(plan, shape, "flops")
-
-
-def test_restarts_are_counted_once_and_only_where_they_drop() -> None:
-    gemfilter, attention = vtprune.GemFilter(), vtprune.TransPrune(signals="iga")
-    entering = (16,) * 4
-    # what is gone does not come back, so that only the first of these drops anything
-    plan = Plan(tuple(Stage(Site("restart", layer), gemfilter, keep) for layer, keep in ((1, 8), (2, 12), (3, 10))))
-    assert plan.passes(entering, 16) == ((1, 16),)
-    plan = Plan((Stage(Site("restart", 1), gemfilter, 8), Stage(Site("restart", 3), gemfilter, 4)))
-    assert plan.passes(entering, 16) == ((1, 16), (3, 8))
-    # a scorer that looks ahead at a layer is asked in the pass itself at a restart
-    plan = Plan((Stage(Site("restart", 2), attention, 8),))
-    assert (plan.passes(entering, 16), plan.looks_ahead(entering, 16)) == (((2, 16),), ())
-    plan = Plan((Stage(Site("layer", 2), attention, 8),))
-    assert (plan.passes(entering, 16), plan.looks_ahead(entering, 16)) == ((), ((2, 16),))

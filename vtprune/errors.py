@@ -9,6 +9,7 @@ __all__ = [
     "BudgetError",
     "HostContractError",
     "InputError",
+    "KernelError",
     "PlanError",
     "SessionError",
     "ShapeError",
@@ -62,6 +63,10 @@ class SessionError(VtpruneError, RuntimeError):
 
 class ShapeError(VtpruneError, ValueError):
     """Tensors given to a kernel whose shapes or dtypes do not fit together."""
+
+
+class KernelError(VtpruneError, RuntimeError):
+    """An implementation of a kernel that was asked for by name and cannot run here or on these tensors."""
 
 
 class HostContractError(VtpruneError, RuntimeError):

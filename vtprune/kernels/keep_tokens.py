@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import ShapeError
-from vtprune.kernels import pick
+from vtprune.kernels import Kernel, Size, nbytes, pick
+from vtprune.kernels.guard import runs_triton
 
 __all__ = ["keep_tokens", "keep_tokens_reference"]
 
@@ -32,16 +34,18 @@ def keep_tokens(tensors: Sequence[Tensor], index: Tensor, dim: int = 1, *, impl:
         index: [B, M] int64 token numbers in [0, N), on any device. Not checked on a GPU, where reading it would stall
             the stream; torch itself raises on a CPU.
         dim: the token axis, at least 1.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton" (all tensors in one launch), "torch" or "reference".
 
     Returns:
         One tensor [B, ..., M, ...] for each input, with memory of its own.
 
     Raises:
+        KernelError: if "triton" is asked for where it cannot run.
         ShapeError: if a shape or the dtype of `index` does not fit.
         UnknownNameError: if `impl` is not known.
     """
-    run = pick(impl, {"torch": _keep_tokens_torch, "reference": keep_tokens_reference}, auto="torch")
+    table = {"triton": _keep_tokens_triton, "torch": _keep_tokens_torch, "reference": keep_tokens_reference}
+    run = pick(impl, table, *tensors)
     if index.dim() != 2 or index.dtype != torch.int64:
         raise ShapeError(f"index must be int64 [B, M], got {index.dtype} {list(index.shape)}. Use index.long().")
     lengths = set()
@@ -95,3 +99,87 @@ def _keep_rows(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     rows = (start[:, :, None] + index[:, None, :]).flatten()
     kept = tensor.reshape(tensor.shape[0] * groups * length, *after).index_select(0, rows)
     return kept.reshape(batch, *between, index.shape[1], *after)
+
+
+# Only Triton goes through an operator: the call of an operator costs about 150 us on a CPU, more than the torch path
+# itself on small inputs, and torch.compile reads the torch path as it is.
+@torch.library.custom_op("vtprune::keep_tokens", mutates_args=())
+def _operator(tensors: Sequence[Tensor], index: Tensor, dim: int) -> list[Tensor]:
+    if not runs_triton(tensors):
+        return list(_keep_tokens_torch(tensors, index, dim))
+    return _launch(tensors, index, dim)
+
+
+@_operator.register_fake
+def _(tensors: Sequence[Tensor], index: Tensor, dim: int) -> list[Tensor]:
+    return [t.new_empty(index.shape[0], *t.shape[1:dim], index.shape[1], *t.shape[dim + 1 :]) for t in tensors]
+
+
+def _save(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor, int], output: list[Tensor]) -> None:
+    tensors, index, ctx.dim = inputs
+    ctx.save_for_backward(index)
+    ctx.shapes = [t.shape if t.is_floating_point() and t.requires_grad else None for t in tensors]
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[list[Tensor | None], None, None]:
+    (index,) = ctx.saved_tensors
+    wanted = zip(grads, ctx.shapes, strict=True)
+    return [None if s is None else scatter_rows(g, index, s, ctx.dim) for g, s in wanted], None, None
+
+
+_operator.register_autograd(_backward, setup_context=_save)
+
+
+def scatter_rows(grad: Tensor, index: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """The gradient of `keep_tokens`: [B, ..., M, ...] added up at `index` [B, M] of zeros of `shape`."""
+    batch, between = grad.shape[0], math.prod(shape[1:dim])
+    sample = torch.zeros_like(index[:, :1]) if shape[0] == 1 else torch.arange(batch, device=index.device)[:, None]
+    group = torch.arange(between, device=index.device)
+    rows = ((sample * between + group) * shape[dim])[:, :, None] + index[:, None, :]
+    full = grad.new_zeros(shape[0] * between * shape[dim], *shape[dim + 1 :])
+    return full.index_add(0, rows.flatten(), grad.reshape(rows.numel(), *shape[dim + 1 :])).reshape(shape)
+
+
+def _keep_tokens_triton(tensors: Sequence[Tensor], index: Tensor, dim: int) -> tuple[Tensor, ...]:
+    return tuple(_operator(list(tensors), index.to(tensors[0].device), dim))
+
+
+def _launch(tensors: Sequence[Tensor], index: Tensor, dim: int) -> list[Tensor]:
+    from vtprune.kernels.keep_tokens_triton import gather_rows
+
+    return gather_rows(tensors, index, dim)
+
+
+def _example(size: Size, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """What a cut in a decoder layer gathers: states, cos and sin, position ids, mask."""
+    batch, length, kept, width, head = (3, 37, 11, 20, 6) if size == "odd" else (4, 640, 128, 4096, 128)
+    floats = [torch.rand(b, length, w, device=device).to(dtype) for b, w in ((batch, width), (1, head), (1, head))]
+    ids = torch.arange(length, device=device).expand(batch, length)
+    index = torch.rand(batch, length, device=device).argsort(1)[:, :kept].sort(1)[0]
+    return {"tensors": [*floats, ids, ids % 3 > 0], "index": index}
+
+
+def _least(tensors: Sequence[Tensor], index: Tensor) -> int:
+    written = [t.shape[2:].numel() * t.element_size() * index.numel() for t in tensors]
+    read = [w // index.shape[0] if t.shape[0] == 1 else w for t, w in zip(tensors, written, strict=True)]
+    return sum(written) + sum(read) + nbytes(index)
+
+
+def _moved(tensors: Sequence[Tensor], index: Tensor) -> int:
+    # every tile reads the indices of its rows
+    row = [t.shape[2:].numel() * t.element_size() for t in tensors]
+    return sum(2 * w * index.numel() + -(-w // 8192) * nbytes(index) for w in row)
+
+
+KERNEL = Kernel(
+    run=keep_tokens,
+    example=_example,
+    operator="vtprune::keep_tokens",
+    operands=lambda tensors, index: (tensors, index, 1),
+    launch=_launch,
+    shape="B 4, N 640 to 128; states 4096, cos and sin 128, ids, mask",
+    least=_least,
+    moved=_moved,
+    gradients=("tensors",),
+    exact=True,
+)

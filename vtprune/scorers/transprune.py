@@ -14,6 +14,7 @@ from vtprune.budget import Budget, Geometry, scale_depth, solve
 from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView, TransitionView
 from vtprune.errors import PlanError
 from vtprune.kernels.attention_rows import attention_rows
+from vtprune.kernels.transition import transition
 from vtprune.plan import Plan, Positions, Site, Stage
 
 __all__ = ["TransPrune", "transition_variation"]
@@ -40,16 +41,12 @@ def transition_variation(
     Returns:
         [B, N] fp32; 0 where not real.
     """
-    norm = torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
-    length = torch.linalg.vector_norm(after, dim=-1, dtype=torch.float32)
-    inner = torch.einsum("bnd,bnd->bn", before.float(), after.float())
-    cosine = inner / (norm * length).clamp(min=_EPSILON)
+    magnitude, cosine = transition(before, after)
     turn = 1.0 - (cosine.abs() if direction == "absolute" else cosine)
     if real is not None:
         turn = turn.masked_fill(~real, float("-inf"))
     # a sample of padding alone would be NaN; its tokens are never read
     share = turn.softmax(1).nan_to_num(0.0)
-    magnitude = length / norm
     return share * (magnitude if real is None else magnitude.masked_fill(~real, 0.0))
 
 

@@ -14,7 +14,7 @@ LMMS_EVAL ?= lmms-eval==0.7.3
 OUT ?= runs
 MODELS ?= tiny:llava,tiny:qwen2_vl,tiny:internvl
 # every method as it is, and two with depths that suit twelve layers: by themselves, and behind a cut in the tower
-METHODS ?= all,gemfilter(layer=3),transprune(layers=(5,6,8)),flowcut@1/2+gemfilter(layer=3),flowcut@1/3+transprune(layers=(5,6,8))
+METHODS ?= all,gemfilter(layer=3),transprune(layers=(5,6,8)),flowcut(text_cut=False)@1/2+gemfilter(layer=3),flowcut@1/3+transprune(layers=(5,6,8))
 ARGS ?=
 # the oldest supported transformers, and the hub client it needs, in a folder that goes before the environment's own
 OLDEST ?= transformers==5.16.*

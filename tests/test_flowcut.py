@@ -14,13 +14,13 @@ from torch import Tensor
 from vtprune.budget import Budget, VisionGeometry
 from vtprune.contract import Memory
 from vtprune.errors import BudgetError, PlanError, UnsupportedModelError
+from vtprune.kernels.value_norms import value_norms
 from vtprune.plan import Plan
 from vtprune.scorers.flowcut import FlowCut
 from vtprune.scorers.flowcut_signals import (
     flowcut_drop_count,
     flowcut_score,
     flowcut_score_mean_query,
-    flowcut_values,
 )
 
 
@@ -34,6 +34,7 @@ def sines(shape: tuple[int, ...], a: float, b: float, c: float = 0.0, base: floa
 CLS = sines((1, 8), 0.3, 0.9, 0.1, 1.5)
 SEMANTIC = sines((1, 8), 0.2, 1.7, 0.5, 1.2)
 VALUE = sines((1, 8, 4), 0.7, 1.3, 0.2)
+NORM = VALUE.abs().sum(-1)
 GOLDEN_CLS = [0.71676433, 1.17613792, 0.71739680, 0.47352213, 0.66036797, 0.51411349, 0.27757698, 0.58629870]
 GOLDEN_MEAN = [3.7586958, 6.8810477, 6.8886313, 4.1356363, 2.1993542, 1.2523522, 2.4321954, 3.9486649]
 
@@ -42,8 +43,8 @@ GOLDEN_MEAN = [3.7586958, 6.8810477, 6.8886313, 4.1356363, 2.1993542, 1.2523522,
 
 
 def test_scores_equal_the_authors_functions() -> None:
-    torch.testing.assert_close(flowcut_score(CLS, SEMANTIC, VALUE), torch.tensor([GOLDEN_CLS]), rtol=1e-5, atol=0)
-    torch.testing.assert_close(flowcut_score_mean_query(CLS, VALUE), torch.tensor([GOLDEN_MEAN]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(flowcut_score(CLS, SEMANTIC, NORM), torch.tensor([GOLDEN_CLS]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(flowcut_score_mean_query(CLS, NORM), torch.tensor([GOLDEN_MEAN]), rtol=1e-5, atol=0)
 
 
 def test_drop_counts_equal_the_authors_functions() -> None:
@@ -56,9 +57,8 @@ def test_drop_counts_equal_the_authors_functions() -> None:
 def test_padding_changes_neither_score_nor_count() -> None:
     pad = torch.full((1, 5), math.nan)
     valid = torch.tensor([[True] * 8 + [False] * 5])
-    value = torch.cat([VALUE, torch.full((1, 5, 4), math.nan)], 1)
-    score = flowcut_score(torch.cat([CLS, pad], 1), torch.cat([SEMANTIC, pad], 1), value, valid)
-    assert torch.equal(score[:, :8], flowcut_score(CLS, SEMANTIC, VALUE))
+    score = flowcut_score(*(torch.cat([signal, pad], 1) for signal in (CLS, SEMANTIC, NORM)), valid)
+    assert torch.equal(score[:, :8], flowcut_score(CLS, SEMANTIC, NORM))
     assert (score[:, 8:] == 0).all()
     attention = CLS.square()
     alone = flowcut_drop_count(attention, 1, 2)
@@ -239,9 +239,9 @@ def test_value_norm_over_all_heads(has_cls: bool) -> None:
 def test_values_of_opposite_heads_cancel_only_in_their_mean() -> None:
     value = torch.tensor([[[[1.0, -2.0], [4.0, 0.0]], [[-1.0, 2.0], [2.0, 1.0]]]])
     column = torch.tensor([[1, 0]])
-    assert flowcut_values(value, column, "head_mean").abs().sum(2).tolist() == [[3.5, 0.0]]
-    assert flowcut_values(value, column, "all_heads").abs().sum(2).tolist() == [[7.0, 6.0]]
-    half = flowcut_values(value.half(), column, "all_heads")
+    assert value_norms(value, column, "head_mean").tolist() == [[3.5, 0.0]]
+    assert value_norms(value, column, "all_heads").tolist() == [[7.0, 6.0]]
+    half = value_norms(value.half(), column, "all_heads")
     assert half.dtype == torch.float32
 
 

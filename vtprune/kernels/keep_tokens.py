@@ -101,8 +101,9 @@ def _keep_rows(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     return kept.reshape(batch, *between, index.shape[1], *after)
 
 
-# Only Triton goes through an operator: the call of an operator costs about 150 us on a CPU, more than the torch path
-# itself on small inputs, and torch.compile reads the torch path as it is.
+# Only Triton goes through an operator. On a CPU the operator's call alone adds 65 to 85 us, medians of 300 on one core:
+# 120 to 181 us for 20 of 40 rows of 64 fp32, 249 to 320 us for 128 of 640 rows of 4096; and torch.compile reads the
+# torch path as it is.
 @torch.library.custom_op("vtprune::keep_tokens", mutates_args=())
 def _operator(tensors: Sequence[Tensor], index: Tensor, dim: int) -> list[Tensor]:
     if not runs_triton(tensors):

@@ -13,13 +13,12 @@ from vtprune.budget import Budget, Geometry, solve
 from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
 from vtprune.errors import PlanError, UnsupportedModelError
 from vtprune.kernels.attention_rows import attention_rows
+from vtprune.kernels.value_norms import ValueNorm, value_norms
 from vtprune.plan import Plan, Site, Stage
 from vtprune.scorers.flowcut_signals import (
-    ValueNorm,
     flowcut_drop_count,
     flowcut_score,
     flowcut_score_mean_query,
-    flowcut_values,
 )
 from vtprune.scorers.flowcut_text import FlowCutText
 
@@ -61,7 +60,7 @@ class FlowCut(Scorer):
             CLS uses the mean value, always scaled by d ** -0.5.
         semantic_softmax: of CLS's value with the others: "code" has no scale and includes CLS, "paper" is scaled by
             d ** -0.5 and over patches only.
-        value_norm: "head_mean" (the code's) or "all_heads" (the paper's), see `flowcut_values`.
+        value_norm: "head_mean" (the code's) or "all_heads" (the paper's), see `vtprune.kernels.value_norms`.
         text_cut: also cut in the decoder; None does so where the paper does, in LLaVA-NeXT and Qwen2-VL, and in the
             families that followed them (LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL).
         tower_factor: what the tower keeps with the text cut, in units of the decoder's target; >= 1, the paper's is 2.
@@ -114,11 +113,11 @@ class FlowCut(Scorer):
         semantics = None
         if self.semantic or (self.semantic is None and view.has_cls):
             semantics = self._semantics(view)
-        value = flowcut_values(view.value, view.column, self.value_norm)
+        norm = value_norms(view.value, view.column, self.value_norm)
         if view.has_cls or semantics is not None:
-            score = flowcut_score(attention, semantics, value, view.valid)
+            score = flowcut_score(attention, semantics, norm, view.valid)
         else:
-            score = flowcut_score_mean_query(attention, value, view.valid)
+            score = flowcut_score_mean_query(attention, norm, view.valid)
         before = memory.get("cumulative")
         if before is not None:
             score = self.history * before + (1.0 - self.history) * score

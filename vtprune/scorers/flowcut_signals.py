@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["ValueNorm", "flowcut_drop_count", "flowcut_score", "flowcut_score_mean_query", "flowcut_values"]
-
-ValueNorm = Literal["head_mean", "all_heads"]
-
-
-def flowcut_values(value: Tensor, column: Tensor, norm: ValueNorm) -> Tensor:
-    """The vectors whose L1 norm enters the score.
-
-    Args:
-        value: [B, Hkv, N, d] values of all keys.
-        column: [B, V] where each patch or token lies among the N keys.
-        norm: "head_mean" averages the heads first, so that signs may cancel (the authors' code); "all_heads" lays them
-            side by side (the paper's value vector). Heads that a group of queries shares count once.
-
-    Returns:
-        [B, V, d], or [B, V, Hkv * d] with "all_heads"; fp32.
-    """
-    wide = value.mean(1, dtype=torch.float32) if norm == "head_mean" else value.transpose(1, 2).flatten(2)
-    return wide.gather(1, column[:, :, None].expand(-1, -1, wide.shape[2])).float()
+__all__ = ["flowcut_drop_count", "flowcut_score", "flowcut_score_mean_query"]
 
 
 def flowcut_score(
-    cls_attention: Tensor, semantic_attention: Tensor | None, value: Tensor, valid: Tensor | None = None
+    cls_attention: Tensor, semantic_attention: Tensor | None, norm: Tensor, valid: Tensor | None = None
 ) -> Tensor:
     """Importance of each patch in one block: (a_j / sum a + s_j / sum s) * ||v_j||_1.
 
     Args:
         cls_attention: [B, V] attention a of the CLS row to the patches, mean over heads.
         semantic_attention: [B, V] softmax s of value-value products with CLS, mean over heads; None leaves it out.
-        value: [B, V, d] values v, from `flowcut_values`.
+        norm: [B, V] L1 norms of the values v, from `vtprune.kernels.value_norms`.
         valid: [B, V] patches that count; None is all.
 
     Returns:
@@ -46,21 +27,21 @@ def flowcut_score(
     share = _shares(cls_attention, valid)
     if semantic_attention is not None:
         share = share + _shares(semantic_attention, valid)
-    return flowcut_score_mean_query(share, value, valid)
+    return flowcut_score_mean_query(share, norm, valid)
 
 
-def flowcut_score_mean_query(attention: Tensor, value: Tensor, valid: Tensor | None = None) -> Tensor:
+def flowcut_score_mean_query(attention: Tensor, norm: Tensor, valid: Tensor | None = None) -> Tensor:
     """The same for a tower without CLS: A_j * ||v_j||_1, A the attention of the mean query.
 
     Args:
         attention: [B, V].
-        value: [B, V, d] from `flowcut_values`.
+        norm: [B, V] from `vtprune.kernels.value_norms`.
         valid: [B, V] patches that count; None is all.
 
     Returns:
         [B, V] fp32, higher is kept; 0 where not valid.
     """
-    score = attention.float() * value.float().abs().sum(-1)
+    score = attention.float() * norm.float()
     return score if valid is None else score.masked_fill(~valid, 0.0)
 
 

@@ -11,8 +11,9 @@ from vtprune.budget import Budget, Geometry, decoder_layer, solve
 from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
 from vtprune.errors import PlanError
 from vtprune.kernels.attention_rows import attention_rows
+from vtprune.kernels.value_norms import ValueNorm, value_norms
 from vtprune.plan import Plan, Positions, Site, Stage
-from vtprune.scorers.flowcut_signals import ValueNorm, flowcut_score, flowcut_values
+from vtprune.scorers.flowcut_signals import flowcut_score
 
 __all__ = ["FlowCutText"]
 
@@ -36,7 +37,7 @@ class FlowCutText(Scorer):
         layer: K, in [1, L); None moves the paper's 2 of 32 layers to the depth of the model.
         positions: "keep", or "compact", which renumbers the sequence after the cut. None follows the code: "compact",
             but "keep" under M-RoPE; also "keep" where layers have sliding windows.
-        value_norm: "head_mean" (the code's) or "all_heads" (the paper's), see `flowcut_values`.
+        value_norm: "head_mean" (the code's) or "all_heads" (the paper's), see `vtprune.kernels.value_norms`.
 
     Raises:
         PlanError: if a knob is out of range.
@@ -67,8 +68,8 @@ class FlowCutText(Scorer):
         visual = view.visual(view.value)
         attention = attention_rows(view.query, view.visual(view.key), view.scaling, softcap=view.softcap, real=seen)
         likeness = attention_rows(view.query_value, visual, visual.shape[-1] ** -0.5, real=view.valid)
-        values = flowcut_values(view.value, view.column, self.value_norm)
-        return {"score": flowcut_score(attention[:, 0], likeness[:, 0], values, view.valid)}
+        norms = value_norms(view.value, view.column, self.value_norm)
+        return {"score": flowcut_score(attention[:, 0], likeness[:, 0], norms, view.valid)}
 
     def score(self, view: TokenView) -> Tensor:
         """[B, V] fp32, not negative."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pkgutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 from models import Row, batch, llava
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtprune
 import vtprune.kernels as kernel_package
@@ -230,6 +232,30 @@ def test_the_environment_may_name_what_auto_means(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("VTPRUNE_KERNELS", "fast")
     with pytest.raises(ValueError, match="Unknown kernel implementation 'fast'"):
         keep_tokens([torch.zeros(1, 5, 3)], torch.tensor([[0]]))
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    during: list[list[torch.device]] = []
+
+    @contextlib.contextmanager
+    def switch(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **constants: during.append(list(current))
+
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    with FakeTensorMode():
+        there = torch.empty(1, device="cuda:1")
+    guard.launch(Kernel(), (1,), there, 3)
+    guard.launch(Kernel(), (1,), (there, there), 3)
+    guard.launch(Kernel(), (1,), torch.empty(1), 3)
+    guard.launch(Kernel(), (1, 0), there)
+    assert during == [[torch.device("cuda:1")], [torch.device("cuda:1")], []]
 
 
 @pytest.mark.slow

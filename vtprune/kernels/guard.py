@@ -5,11 +5,13 @@ vtprune itself imports no Triton before the first launch: kernels live in `<op>_
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vtprune.errors import KernelError
@@ -58,12 +60,15 @@ def check_triton(tensors: Sequence[Tensor]) -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run a Triton kernel on a grid; an empty grid runs nothing."""
+    """Run a Triton kernel on a grid, on the device of its first tensor; an empty grid runs nothing."""
     if 0 in grid:
         return
     if _recorders:
         _recorders[-1](kernel, grid, *args, **constants)
-    else:
+        return
+    first = args[0][0] if isinstance(args[0], tuple) else args[0]
+    # Triton launches on the current device, which need not be that of the tensors where a model lies on several
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
         kernel[grid](*args, **constants)
 
 

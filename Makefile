@@ -19,7 +19,7 @@ ARGS ?=
 # the oldest supported transformers, and the hub client it needs, in a folder that goes before the environment's own
 OLDEST ?= transformers==5.16.*
 OLDEST_HUB ?= huggingface_hub<2
-CONTRACT := $(addprefix tests/test_,families.py invariants.py conversations.py generation.py tower.py signals.py)
+CONTRACT := $(addprefix tests/test_,families.py invariants.py conversations.py generation.py tower.py signals.py any_token.py)
 # test processes; each loads torch once
 JOBS ?= 2
 

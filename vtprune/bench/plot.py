@@ -26,14 +26,14 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> None:
     FLOP count allows. Right, if several lengths were measured: milliseconds of a prefill against visual tokens.
 
     Args:
-        rows: of `vtprune bench`; cells without figures are left out.
+        rows: of `vtprune bench`; cells without figures are left out, and other libraries, whose FLOPs are not counted.
         path: where to write.
     """
     # the object interface, not pyplot: no global state and no display is touched
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measured = [row for row in rows if row["possible"]]
+    measured = [row for row in rows if row["possible"] and row["kind"] == "bench"]
     lengths = sorted({row["prompt"]["visual_tokens"] for row in measured})
     panels = 1 + (len(lengths) > 1)
     figure = Figure(figsize=(5.8 * panels, 4.8), layout="constrained")

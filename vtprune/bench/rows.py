@@ -16,7 +16,7 @@ from vtprune.stopwatch import scoring_time
 if TYPE_CHECKING:
     from vtprune import Report, Session, Verification
 
-__all__ = ["UNPRUNED", "Cell", "Progress", "is_all", "time_cells", "warnings_of"]
+__all__ = ["UNPRUNED", "Cell", "Progress", "compare_times", "is_all", "time_cells", "warnings_of"]
 
 UNPRUNED = "unpruned"
 _SCORED = 3  # prefills in which scorers are timed
@@ -170,18 +170,25 @@ def _peak(cell: Cell) -> int:
 
 def _compare(name: str, pruned: Timing, full: Timing, flops: int, flops_full: int) -> dict[str, Any]:
     """Times and FLOPs of one part. `quotient`: the speed-up as a share of what the FLOP count allows."""
-    ratio = pruned.median_s / full.median_s
+    times = compare_times(name, pruned, full)
     flop_ratio = flops / flops_full
+    return {
+        **times,
+        f"{name}_flops": flops,
+        f"{name}_flops_full": flops_full,
+        f"{name}_flop_ratio": flop_ratio,
+        f"{name}_quotient": flop_ratio / times[f"{name}_ratio"],
+    }
+
+
+def compare_times(name: str, pruned: Timing, full: Timing) -> dict[str, Any]:
+    """Milliseconds of one part, their spread, and their ratio."""
     return {
         f"{name}_ms": pruned.median_s * 1e3,
         f"{name}_ms_p20_p80": [pruned.p20_s * 1e3, pruned.p80_s * 1e3],
         f"{name}_ms_full": full.median_s * 1e3,
         f"{name}_ms_full_p20_p80": [full.p20_s * 1e3, full.p80_s * 1e3],
-        f"{name}_ratio": ratio,
-        f"{name}_flops": flops,
-        f"{name}_flops_full": flops_full,
-        f"{name}_flop_ratio": flop_ratio,
-        f"{name}_quotient": flop_ratio / ratio,
+        f"{name}_ratio": pruned.median_s / full.median_s,
     }
 
 

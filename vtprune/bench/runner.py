@@ -10,8 +10,9 @@ import torch
 
 from vtprune.bench.measure import BareDecoder, Prefill, shared_copy
 from vtprune.bench.provenance import provenance
+from vtprune.bench.rivals import RIVALS, rival_rows
 from vtprune.bench.rows import UNPRUNED, Cell, Progress, is_all, time_cells
-from vtprune.errors import BudgetError, InputError, UnsupportedModelError
+from vtprune.errors import BudgetError, InputError, UnknownNameError, UnsupportedModelError
 from vtprune.specs import parse_chain, row_chain
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class BenchConfig:
         decode_steps: tokens in one timed decode call.
         basis: what a budget counts, see `vtprune.prune`.
         seed: of random weights' inputs.
+        against: other libraries to time beside the methods, see `vtprune.bench.rivals`.
     """
 
     methods: tuple[str, ...]
@@ -46,6 +48,7 @@ class BenchConfig:
     decode_steps: int = 8
     basis: str = "average"
     seed: int = 0
+    against: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -55,6 +58,9 @@ class BenchConfig:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}.")
         for method in self.methods:
             row_chain(method)
+        for name in self.against:
+            if name not in RIVALS:
+                raise UnknownNameError("library", name, RIVALS)
 
 
 def run_bench(
@@ -72,7 +78,7 @@ def run_bench(
         config: the grid.
         progress: called with the method's name after every timed call.
     """
-    source = provenance(model.device)
+    shared = {"config": asdict(config), **provenance(model.device)}
     batch, length = inputs["input_ids"].shape
     visual = (inputs["input_ids"] == model.config.image_token_id).sum(1)
     text = inputs["attention_mask"].sum(1) - visual
@@ -80,7 +86,11 @@ def run_bench(
     bare = BareDecoder(shared_copy(model), batch, length, config.rounds)
     for method in config.methods:
         for row in _run_method(model, inputs, config, method, bare, progress):
-            yield {"kind": "bench", "method": method, **row, "prompt": prompt, "config": asdict(config), **source}
+            yield {"kind": "bench", "method": method, **row, "prompt": prompt, **shared}
+    for name in config.against:
+        timing = (config.rounds, config.decode_steps)
+        for row in rival_rows(RIVALS[name], model, inputs, config.keeps, *timing, progress):
+            yield {"kind": "rival", "method": name, **row, "prompt": prompt, **shared}
 
 
 def _attach(model: Any, inputs: dict[str, torch.Tensor], config: BenchConfig, method: str, keep: float) -> Cell:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from vtprune.bench.rows import is_all
 
-__all__ = ["about", "bench_markdown", "bench_table", "break_even", "keep_text", "setting"]
+__all__ = ["about", "bench_markdown", "bench_table", "break_even", "keep_text", "rival_lines", "setting"]
 
 TARGET = 0.95  # of the speed-up that the FLOP count allows
 OVERHEAD = 0.01  # of a prefill or a decode step, attached at keep = 1
@@ -52,6 +52,46 @@ def _cells(row: dict[str, Any]) -> list[str | Text]:
     ]
 
 
+def _rival_name(row: dict[str, Any]) -> str:
+    version = row["rival"]["version"]
+    return f"{row['method']} *" if version in (None, "unknown") else f"{row['method']} {version} *"
+
+
+def _rival_keep(row: dict[str, Any]) -> str:
+    return "" if row["keep"] is None else keep_text(row["keep"])
+
+
+def _rival_cells(row: dict[str, Any]) -> list[str | Text]:
+    """As `_cells`; what is not known of another library stays empty."""
+    flops = row["prefill_flop_ratio"]
+    return [
+        str(row["kept_tokens"]),
+        f"{row['prefill_ms']:.4g}",
+        f"{row['prefill_ratio']:.3f}",
+        "" if flops is None else f"{flops:.3f}",
+        Text("not proved", style="dim"),
+        "",
+        "",
+        f"{row['total_ratio']:.3f}",
+        "",
+        f"{row['decode_ms']:.4g}",
+        f"{row['decode_ratio']:.3f}",
+        _mib(row["peak_bytes"]),
+        _mib(row["kv_bytes"]),
+    ]
+
+
+def rival_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What stands below a table about the other libraries in it: what each does, or why it was skipped."""
+    lines = []
+    for row in (row for row in rows if row["kind"] == "rival"):
+        where = f"at keep {keep_text(row['keep'])} " if row["keep"] is not None else ""
+        told = row["rival"]
+        does = f"{told['does']}. Budget: {told['budget']}. Not proved; {'; '.join(told['notes'])}"
+        lines.append(f"{_rival_name(row)}: {does if row['possible'] else where + row['reason']}.")
+    return list(dict.fromkeys(lines))
+
+
 def setting(row: dict[str, Any]) -> str:
     """`batch 4, 576 visual and 64 text tokens`: what the rows of one table share."""
     config = row["config"]
@@ -73,11 +113,12 @@ def break_even(rows: Sequence[dict[str, Any]]) -> list[str]:
     """From which prompt on pruning pays, where several lengths were measured and not all of them did.
 
     Args:
-        rows: of several prompts. A cell is a method and budget, at one batch size and number of text tokens.
+        rows: of several prompts. A cell is a method and budget, at one batch size and number of text tokens. Other
+            libraries are left out: they may save what is no prefill.
     """
     cells: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
     for row in rows:
-        if row["possible"] and not is_all(row["keep"]):
+        if row["possible"] and row["kind"] == "bench" and not is_all(row["keep"]):
             config, prompt = row["config"], row["prompt"]
             key = (row["method"], keep_text(row["keep"]), config["batch_size"], prompt["text_tokens"])
             cells.setdefault(key, []).append((prompt["visual_tokens"], row["total_ratio"]))
@@ -96,7 +137,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     """One line a cell. Ratios are pruned / unpruned; a quotient of 1 is all the speed-up that the FLOPs allow.
 
     "bare" is the quotient of the same decoder, not pruned, on a prompt that is as short from the start; "scoring" the
-    share of the call that scorers take.
+    share of the call that scorers take. Other libraries come last, with an asterisk that is explained below.
     """
     table = Table(box=None, pad_edge=False, header_style="bold", title=setting(rows[0]) if rows else None)
     table.add_column("method")
@@ -131,8 +172,12 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
             _mib(full["kv_bytes_full"]),
         )
     for row in rows:
+        rival = row["kind"] == "rival"
         if row["possible"]:
-            table.add_row(row["method"], keep_text(row["keep"]), *_cells(row))
+            name = _rival_name(row) if rival else row["method"]
+            table.add_row(name, keep_text(row["keep"]), *(_rival_cells if rival else _cells)(row))
+        elif rival:
+            table.add_row(_rival_name(row), _rival_keep(row), Text("skipped", style="dim"))
         else:
             floor = f"not possible (floor {row['floor']:.4g})" if row["floor"] is not None else row["reason"]
             table.add_row(row["method"], keep_text(row["keep"]), Text(floor, style="dim"))
@@ -147,6 +192,9 @@ def bench_markdown(rows: Sequence[dict[str, Any]]) -> str:
         if setting(row) != title:
             title = setting(row)
             lines += ["", f"{title}:", "", _markdown_row(_TITLES), _markdown_row(["---", "---", *["---:"] * 9])]
+        if row["kind"] == "rival":
+            lines.append(_markdown_rival(row))
+            continue
         keep = "all" if is_all(row["keep"]) else _share(row["keep"])
         if not row["possible"]:
             floor = "" if row["floor"] is None else f" (floor {row['floor']:.4g})"
@@ -170,8 +218,27 @@ def bench_markdown(rows: Sequence[dict[str, Any]]) -> str:
                 ]
             )
         )
-    proved = all(row["oracle_error"] is not None for row in rows if row["possible"] and not is_all(row["keep"]))
-    return "\n".join([*lines[1:], "", _LEGEND + (_PROVED if proved else _NOT_PROVED), ""])
+    pruned = [row for row in rows if row["kind"] == "bench" and row["possible"] and not is_all(row["keep"])]
+    proved = all(row["oracle_error"] is not None for row in pruned)
+    others = [part for line in rival_lines(rows) for part in (line.replace("*", "\\*", 1), "")]
+    return "\n".join([*lines[1:], "", _LEGEND + (_PROVED if proved else _NOT_PROVED), "", *others])
+
+
+def _markdown_rival(row: dict[str, Any]) -> str:
+    name = _rival_name(row).replace("*", "\\*")
+    keep = "" if row["keep"] is None else _share(row["keep"])
+    if not row["possible"]:
+        return _markdown_row([name, keep, "skipped", *[""] * 8])
+    flops = row["prefill_flop_ratio"]
+    return _markdown_row(
+        [
+            *(name, keep, f"{row['prefill_ratio']:.2f}", "" if flops is None else f"{flops:.2f}", "not proved", "", ""),
+            f"{row['total_ratio']:.2f}",
+            f"{row['decode_ratio']:.2f}",
+            f"{row['peak_bytes'] / row['peak_bytes_full']:.2f}",
+            f"{row['kv_bytes'] / row['kv_bytes_full']:.2f}",
+        ]
+    )
 
 
 _TITLES = (

@@ -41,6 +41,7 @@ def bench_command(
     out: Path | None = typer.Option(None, "--out", help="Write one JSON line a cell."),
     table: Path | None = typer.Option(None, "--table", help="Write the table as Markdown."),
     plot: Path | None = typer.Option(None, "--plot", help="Draw speed-up against budget, and cost against length."),
+    against: str = typer.Option("", "--against", help="Time also, if installed: kvpress, sparsevlm, angelslim."),
 ) -> None:
     """Time prefill and decoding, and count memory, for every method and budget.
 
@@ -48,7 +49,8 @@ def bench_command(
     tokens hidden. The prefill column is the decoder with everything that pruning adds around it; "with tower" is the
     whole call. A quotient of 1 means all the speed-up that the FLOP count allows; "bare" is the quotient of the same
     decoder, not pruned, on a prompt that is as short from the start: what this machine makes of fewer tokens.
-    Of several batch sizes, text lengths and numbers of images all combinations are measured.
+    Of several batch sizes, text lengths and numbers of images all combinations are measured. With --against, other
+    libraries run on the same prompts and budgets; theirs is not proved, and what cannot run is skipped with the reason.
     """
     import torch
 
@@ -61,9 +63,10 @@ def bench_command(
     if threads is not None:
         torch.set_num_threads(threads)
     names = sweep_methods(methods)
+    others = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
     budgets = tuple(entry.value for entry in parse_keeps(keeps))
     configs = [
-        BenchConfig(names, budgets, batch, text, pictures, rounds, decode_steps, seed=seed)
+        BenchConfig(names, budgets, batch, text, pictures, rounds, decode_steps, seed=seed, against=others)
         for pictures in read_numbers("--images", images)
         for text in read_numbers("--text-tokens", text_tokens)
         for batch in read_numbers("--batch-size", batch_size)
@@ -159,9 +162,11 @@ def _measure_and_print(
 def _print_table(screen: Console, rows: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
-    from vtprune.bench.table import bench_table, keep_text
+    from vtprune.bench.table import bench_table, keep_text, rival_lines
 
     screen.print(bench_table(rows))
+    for line in rival_lines(rows):
+        screen.print(Text(line, style="dim"), soft_wrap=True)
     for row in rows:
         for warning in row.get("warnings", []):
             where = f"{row['method']} at keep {keep_text(row['keep'])}"

@@ -146,8 +146,8 @@ def test_decoding_goes_on_behind_a_cache_of_fewer_rows_at_the_position_of_the_pr
     assert [call["position_ids"].tolist() for call in seen] == [[[n]] * 2 for n in (28, 29)]
 
 
-def _rows(**changes: Any) -> list[dict[str, Any]]:
-    model = build_random("mini")
+def _rows(name: str = "mini", **changes: Any) -> list[dict[str, Any]]:
+    model = build_random(name)
     config = BenchConfig(**{"methods": ("fastv",), "keeps": (0.5,), "rounds": 2, "decode_steps": 2, **changes})
     return list(run_bench(model, random_inputs(model, config.batch_size, text_tokens=12), config))
 
@@ -201,17 +201,24 @@ def test_bare_rows_are_those_of_the_longest_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "keep"), [("gemfilter(layer=1)", 0.6), ('gemfilter(layer=1,tokens="any")', 0.6), ("transprune", 0.95)]
+    ("method", "keep", "name"),
+    [
+        ("gemfilter(layer=1)", 0.6, "mini"),
+        ('gemfilter(layer=1,tokens="any")', 0.6, "mini"),
+        ("transprune", 0.95, "mini"),
+        # an example image of its config has other counts than this prompt
+        ("transprune", 0.95, "mini-qwen2.5"),
+        ("gemfilter(layer=1)", 0.6, "mini-qwen2.5"),
+    ],
 )
 def test_what_is_only_asked_counts_for_the_bare_decoder_too(
-    method: str, keep: float, monkeypatch: pytest.MonkeyPatch
+    method: str, keep: float, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine whose time is the FLOPs the bare quotient is 1."""
     from vtprune.bench import runner
     from vtprune.cost import prefill_flops
 
-    model = build_random("mini")
-    shape = vtprune.geometry(model)
+    shape = vtprune.geometry(build_random(name))
 
     class Ideal(BareDecoder):
         def __init__(self, model: Any, batch: int, length: int, rounds: int) -> None:
@@ -219,7 +226,7 @@ def test_what_is_only_asked_counts_for_the_bare_decoder_too(
             self._shares = {n: prefill_flops(shape, [n]) / full for n in range(1, length + 1)}
 
     monkeypatch.setattr(runner, "BareDecoder", Ideal)
-    row = _rows(batch_size=2, methods=(method,), keeps=(keep,))[-1]
+    row = _rows(name, batch_size=2, methods=(method,), keeps=(keep,))[-1]
     assert row["prefill_flop_ratio"] != 1.0
     assert row["bare_quotient"] == pytest.approx(1.0, rel=1e-9)
 

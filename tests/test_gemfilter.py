@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -300,6 +301,17 @@ def test_both_passes_are_counted(name: str) -> None:
         report = session.report
     total = report.visual_tokens[0]
     assert report.restarted == (2 * total,) * 2
+    rows = inputs["input_ids"].shape[1]
+    assert report.asked == ((2, rows),)
+    with vtprune.prune(model, ["gemfilter(layer=1)", vtprune.TransPrune(layers=(1, 2, 3))], [8, 5], basis="final") as s:
+        model(**inputs)
+    (first, *later) = s.report.asked
+    assert first == (1, rows)
+    # at each cut that drops something, as many rows as enter it
+    tokens = s.report.tokens_per_layer[0]
+    assert later == [(0, rows - total + t) for t, after in itertools.pairwise(tokens) if after < t]
+    assert len(later) >= 2
+    assert s.report.to_dict()["asked"] == [list(each) for each in s.report.asked]
     assert report.average_tokens == ((2 * total + 4 * 4) / 4,) * 2
     assert report.to_dict()["restarted"] == [2 * total] * 2
 

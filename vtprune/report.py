@@ -44,6 +44,9 @@ class Report:
         text_kept: those of `text_tokens` that the decoder's layers run on; fewer only where a stage drops text.
         restarted: for each sample, visual tokens that entered a decoder layer in a pass that a `restart[k]` broke off,
             summed over the layers; () if there was none.
+        asked: (k, rows) of what ran only to be asked, in order: a restart's first pass, k layers in full and the
+            queries, keys and values of layer k; with k = 0 those of one layer that looks ahead. Rows of a sample, with
+            its padding.
         kept: one record a stage, in order.
         flops, flops_full: decoder prefill without the output head, as run and unpruned.
         vision_flops, vision_flops_full: tower and projector; 0 if they did not run in this call.
@@ -66,6 +69,7 @@ class Report:
     layout: Layout | None = None
     notes: tuple[str, ...] = ()
     restarted: tuple[int, ...] = ()
+    asked: tuple[tuple[int, int], ...] = ()
 
     @property
     def average_tokens(self) -> tuple[float, ...]:
@@ -108,6 +112,7 @@ class Report:
             "tokens_per_layer": [list(row) for row in self.tokens_per_layer],
             "average_tokens": list(self.average_tokens),
             "restarted": list(self.restarted),
+            "asked": [list(each) for each in self.asked],
             "kept": [
                 {"site": str(k.site), "indices": _lists(k.indices)}
                 | ({} if k.text is None else {"text": _lists(k.text)})

@@ -14,7 +14,7 @@ from vtprune.cost import prefill_flops, projection_flops
 from vtprune.stopwatch import scoring_time
 
 if TYPE_CHECKING:
-    from vtprune import Report, Session, Verification
+    from vtprune import Geometry, Report, Verification
 
 __all__ = ["UNPRUNED", "Cell", "Progress", "compare_times", "is_all", "time_cells", "warnings_of"]
 
@@ -98,7 +98,7 @@ def time_cells(
             "tower_ms_full": summarise(towers[UNPRUNED]).median_s * 1e3,
             "scoring_ms": scoring[name] * 1e3,
             "scoring_share": scoring[name] / total[name].median_s,
-            "bare_ratio": bare.ratio(_rows_per_layer(report), _asked(cell.session, report), tell),
+            "bare_ratio": bare.ratio(_rows_per_layer(report), _asked(cell.session.geometry, report), tell),
             "decode_ms": decode[name].median_s * 1e3 / decode_steps,
             "decode_ms_full": decode[UNPRUNED].median_s * 1e3 / decode_steps,
             "decode_ratio": decode[name].median_s / decode[UNPRUNED].median_s,
@@ -136,18 +136,12 @@ def _rows_per_layer(report: Report) -> list[int]:
     return [max(layer) for layer in zip(*samples, strict=True)]
 
 
-def _asked(session: Session, report: Report) -> list[tuple[int, float]]:
-    """Rows, and how much of a decoder layer they passed only to be asked: the first passes of restarts, and the
-    queries, keys and values of layers that look ahead. Of the sample that has most.
-    """
-    text, visual = max(zip(report.text_tokens, report.visual_tokens, strict=True), key=sum)
-    shape = session.geometry.for_prompt(visual, text, 1)
-    passes = session.plan.passes(shape.entering, visual)
-    asked = [*passes, *session.plan.looks_ahead(shape.entering, visual)]
-    parts = [(text + n, float(layers)) for layers, n in passes if layers]
-    for _, n in asked:
-        rows = text + n
-        parts.append((rows, projection_flops(shape, rows) / prefill_flops(shape, [rows])))
+def _asked(geometry: Geometry, report: Report) -> list[tuple[int, float]]:
+    """Rows, and how much of a decoder layer they passed only to be asked: see `Report.asked`."""
+    parts: list[tuple[int, float]] = []
+    for layers, rows in report.asked:
+        projections = projection_flops(geometry, rows) / prefill_flops(geometry, [rows])
+        parts.append((rows, layers + projections))
     return parts
 
 

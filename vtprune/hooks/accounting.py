@@ -118,6 +118,8 @@ def report_pruned(geometry: Geometry, call: Prefill, vision: tuple[int, int], it
         restarted=tuple(sum(k * alive[b] for k, _, alive in call.passes) for b in range(call.batch))
         if call.passes
         else (),
+        # restarts come before layers, so the passes are the first that were asked
+        asked=(*((k, rows) for k, rows, _ in call.passes), *((0, rows) for rows in call.asked[len(call.passes) :])),
     )
 
 

@@ -16,8 +16,8 @@ import transformers
 from rival_fakes import FILES, KVPRESS, VERSIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vtprune.bench import measured
 from vtprune.bench.rivals import RIVALS, rival_rows
-from vtprune.bench.rivals import rows as rival_module
 from vtprune.bench.runner import BenchConfig, run_bench
 from vtprune.bench.table import bench_markdown, break_even, rival_lines
 from vtprune.errors import UnknownNameError
@@ -66,13 +66,13 @@ def test_a_library_that_works_is_timed_in_turn_with_the_unpruned_model(
     """16 visual and 12 text tokens; `more` rows are in the cache once the first token is out."""
     install(name)
     together: list[list[str]] = []
-    real = rival_module.interleaved_medians
+    real = measured.interleaved_medians
 
     def noting(runs: Any, *args: Any, **kwargs: Any) -> Any:
         together.append(list(runs))
         return real(runs, *args, **kwargs)
 
-    monkeypatch.setattr(rival_module, "interleaved_medians", noting)
+    monkeypatch.setattr(measured, "interleaved_medians", noting)
     rows = _rows(name, preset, (1.0, 0.5, 4))
     assert together == [["unpruned", "0.5", "4"]] * 2
     json.dumps(rows)

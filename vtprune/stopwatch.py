@@ -9,7 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Stopwatch", "scoring", "scoring_time"]
+__all__ = ["Stopwatch", "scoring", "scoring_time", "timer"]
+
+
+def timer() -> float:
+    """Seconds of a monotonic clock, once the accelerator, if any, has nothing left to do.
+
+    What `torch.utils.benchmark.timer` does; importing that one pulls in the compiler tool chain.
+    """
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 @dataclass
@@ -45,16 +55,10 @@ def scoring() -> Iterator[None]:
     if not _running or _inside:
         yield
         return
-    _inside, start = True, _now()
+    _inside, start = True, timer()
     try:
         yield
     finally:
-        _inside, elapsed = False, _now() - start
+        _inside, elapsed = False, timer() - start
         for watch in _running:
             watch.seconds += elapsed
-
-
-def _now() -> float:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()

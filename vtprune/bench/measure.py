@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtprune.bench.timing import interleaved_medians, timer
+from vtprune.bench.timing import interleaved_medians
 from vtprune.errors import InputError, UnsupportedModelError
+from vtprune.stopwatch import timer
 
 __all__ = ["BareDecoder", "Decoder", "Prefill", "Started", "cache_bytes", "peak_bytes", "shared_copy"]
 

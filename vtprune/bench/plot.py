@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from vtprune.bench.rows import is_all
 from vtprune.bench.table import keep_text, setting
+from vtprune.eval.plot import COLOURS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_bench"]
-
-# Okabe-Ito without its yellow, which is too faint on white
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B3A8C", "#4D4D4D")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -54,7 +51,7 @@ def _methods(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, list[d
     """(method, colour, marker, rows) in order of appearance."""
     names = list(dict.fromkeys(row["method"] for row in rows))
     return [
-        (name, _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)], [r for r in rows if r["method"] == name])
+        (name, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], [r for r in rows if r["method"] == name])
         for i, name in enumerate(names)
     ]
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtprune.bench.measure import BareDecoder, Decoder, Prefill, cache_bytes, peak_bytes
-from vtprune.bench.timing import Timing, interleaved_medians, summarise
+from vtprune.bench.measure import BareDecoder, Decoder, Prefill
+from vtprune.bench.measured import Measured, measure_cells
+from vtprune.bench.timing import Timing
 from vtprune.cost import prefill_flops, projection_flops
 from vtprune.stopwatch import scoring_time
 
@@ -68,24 +69,14 @@ def time_cells(
         if progress is not None:
             progress(method)
 
-    for cell in cells.values():
-        cell.prefill.tower_s.clear()
-    total = interleaved_medians({n: c.prefill for n, c in cells.items()}, rounds, warmup=1, progress=tell)
-    towers = {n: c.prefill.tower_s[-rounds:] for n, c in cells.items()}
-    decoder = {n: summarise([a - b for a, b in zip(total[n].times_s, towers[n], strict=True)]) for n in cells}
-    reports = {n: c.session.report for n, c in cells.items() if c.session is not None}
-    kv = {n: cache_bytes(c.prefill.last.past_key_values) for n, c in cells.items()}
-    for cell in cells.values():
-        cell.prefill.forget()
-    peak = {n: _peak(c) for n, c in cells.items()}
-    scoring = {n: _scoring(c) for n, c in cells.items() if c.session is not None}
-    steps = {n: Decoder(c.model, inputs, decode_steps) for n, c in cells.items()}
-    decode = interleaved_medians(steps, rounds, warmup=1, progress=tell)
-
+    measured = measure_cells(cells, lambda cell: Decoder(cell.model, inputs, decode_steps), rounds, tell)
+    full = measured[UNPRUNED]
     for name, cell in cells.items():
         if cell.session is None:
             continue
-        report = reports[name]
+        mine, report = measured[name], cell.session.report
+        # nothing is scored where nothing is dropped
+        scoring = 0.0 if is_all(cell.keep) else _scoring(cell)
         row: dict[str, Any] = {
             "keep": cell.keep,
             "possible": True,
@@ -93,21 +84,13 @@ def time_cells(
             "plan": cell.session.plan.to_dict(),
             "oracle_error": None if cell.oracle is None else cell.oracle.error,
             "oracle_control": None if cell.oracle is None else cell.oracle.control,
-            **_tokens_and_times(report, decoder[name], decoder[UNPRUNED], total[name], total[UNPRUNED]),
-            "tower_ms": summarise(towers[name]).median_s * 1e3,
-            "tower_ms_full": summarise(towers[UNPRUNED]).median_s * 1e3,
-            "scoring_ms": scoring[name] * 1e3,
-            "scoring_share": scoring[name] / total[name].median_s,
+            **_tokens_and_times(report, mine, full),
+            **mine.beside(full, decode_steps),
+            "scoring_ms": scoring * 1e3,
+            "scoring_share": scoring / mine.total.median_s,
             "bare_ratio": bare.ratio(_rows_per_layer(report), _asked(cell.session.geometry, report), tell),
-            "decode_ms": decode[name].median_s * 1e3 / decode_steps,
-            "decode_ms_full": decode[UNPRUNED].median_s * 1e3 / decode_steps,
-            "decode_ratio": decode[name].median_s / decode[UNPRUNED].median_s,
-            "peak_bytes": peak[name],
-            "peak_bytes_full": peak[UNPRUNED],
-            "kv_bytes": kv[name][0],
-            "kv_bytes_full": kv[UNPRUNED][0],
-            "kv_bytes_alive": kv[name][1],
-            "kv_bytes_alive_full": kv[UNPRUNED][1],
+            "kv_bytes_alive": mine.kv_alive,
+            "kv_bytes_alive_full": full.kv_alive,
             "kv_bytes_counted": report.kv_bytes,
         }
         row["bare_quotient"] = row["prefill_flop_ratio"] / row["bare_ratio"]
@@ -115,16 +98,14 @@ def time_cells(
         yield row
 
 
-def _tokens_and_times(
-    report: Report, decoder: Timing, decoder_full: Timing, total: Timing, total_full: Timing
-) -> dict[str, Any]:
+def _tokens_and_times(report: Report, mine: Measured, full: Measured) -> dict[str, Any]:
     """What was kept, and times and FLOPs of the decoder's prefill and of the whole call."""
     whole, whole_full = report.flops + report.vision_flops, report.flops_full + report.vision_flops_full
     return {
         "visual_tokens": list(report.visual_tokens),
         "average_tokens": list(report.average_tokens),
-        **_compare("prefill", decoder, decoder_full, report.flops, report.flops_full),
-        **_compare("total", total, total_full, whole, whole_full),
+        **_compare("prefill", mine.decoder, full.decoder, report.flops, report.flops_full),
+        **_compare("total", mine.total, full.total, whole, whole_full),
     }
 
 
@@ -154,12 +135,6 @@ def _scoring(cell: Cell) -> float:
         found.append(watch.seconds)
     cell.prefill.forget()
     return min(found)
-
-
-def _peak(cell: Cell) -> int:
-    peak = peak_bytes(cell.prefill, cell.model.device)
-    cell.prefill.forget()
-    return peak
 
 
 def _compare(name: str, pruned: Timing, full: Timing, flops: int, flops_full: int) -> dict[str, Any]:

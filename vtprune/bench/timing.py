@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from vtprune.errors import InputError
+from vtprune.stopwatch import timer
 
-__all__ = ["Timing", "interleaved_medians", "summarise", "timer"]
-
-
-def timer() -> float:
-    """Seconds of a monotonic clock, once the accelerator, if any, has nothing left to do.
-
-    What `torch.utils.benchmark.timer` does; importing that one pulls in the compiler tool chain.
-    """
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
+__all__ = ["Timing", "interleaved_medians", "summarise"]
 
 
 @dataclass(frozen=True)

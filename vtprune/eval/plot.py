@@ -12,12 +12,12 @@ from vtprune.eval.table import task_label, tasks_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_task", "plot_rows"]
+__all__ = ["COLOURS", "MARKERS", "draw_task", "plot_rows"]
 
 # Okabe-Ito without its yellow (too faint on white), then two that stay apart from them; told apart by marker as well.
 # Beyond them the line changes, so that no two of many methods look alike
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B3A8C", "#4D4D4D")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B3A8C", "#4D4D4D")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", ":", "-.")
 _TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
@@ -61,9 +61,9 @@ def draw_task(axes: Axes, rows: Sequence[Row], task: str) -> None:
         )
         if not points:
             continue
-        turn, place = divmod(index, len(_COLOURS))
+        turn, place = divmod(index, len(COLOURS))
         # hollow from the second turn on: a method with a single point has no line to tell it by
-        colour, marker, line = _COLOURS[place], _MARKERS[place], _LINES[turn % len(_LINES)]
+        colour, marker, line = COLOURS[place], MARKERS[place], _LINES[turn % len(_LINES)]
         inside = "white" if turn else colour
         x = [share for share, _ in points]
         y = [100 * interval.value for _, interval in points]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import transformers
 
-from vtprune.bench.measure import Decoder, Prefill, Started, cache_bytes, peak_bytes, shared_copy
+from vtprune.bench.measure import Decoder, Prefill, Started, shared_copy
+from vtprune.bench.measured import measure_cells
 from vtprune.bench.rivals.base import Inputs, Rival, installed_version, visual_tokens, why_not
 from vtprune.bench.rows import UNPRUNED, Progress, compare_times, is_all
-from vtprune.bench.timing import interleaved_medians, summarise
 from vtprune.errors import BudgetError
 
 __all__ = ["rival_rows"]
@@ -141,19 +141,8 @@ def _time(
         if progress is not None:
             progress(rival.name)
 
-    for cell in cells.values():
-        cell.prefill.tower_s.clear()
-    total = interleaved_medians({n: c.prefill for n, c in cells.items()}, rounds, warmup=1, progress=tell)
-    towers = {n: c.prefill.tower_s[-rounds:] for n, c in cells.items()}
-    prefill = {n: summarise([a - b for a, b in zip(total[n].times_s, towers[n], strict=True)]) for n in cells}
-    kv = {n: cache_bytes(c.prefill.last.past_key_values)[0] for n, c in cells.items()}
-    peak: dict[str, int] = {}
-    for key, cell in cells.items():
-        cell.prefill.forget()
-        peak[key] = peak_bytes(cell.prefill, cell.model.device)
-        cell.prefill.forget()
-    steps = {n: c.decoder(inputs, decode_steps) for n, c in cells.items()}
-    decode = interleaved_medians(steps, rounds, warmup=1, progress=tell)
+    measured = measure_cells(cells, lambda cell: cell.decoder(inputs, decode_steps), rounds, tell)
+    full = measured[UNPRUNED]
     visual = visual_tokens(cells[UNPRUNED].model, inputs)
     return [
         {
@@ -161,18 +150,10 @@ def _time(
             "possible": True,
             "visual_tokens": visual,
             "kept_tokens": cell.kept,
-            **compare_times("prefill", prefill[key], prefill[UNPRUNED]),
-            **compare_times("total", total[key], total[UNPRUNED]),
+            **compare_times("prefill", measured[key].decoder, full.decoder),
+            **compare_times("total", measured[key].total, full.total),
             "prefill_flop_ratio": rival.flop_ratio,
-            "tower_ms": summarise(towers[key]).median_s * 1e3,
-            "tower_ms_full": summarise(towers[UNPRUNED]).median_s * 1e3,
-            "decode_ms": decode[key].median_s * 1e3 / decode_steps,
-            "decode_ms_full": decode[UNPRUNED].median_s * 1e3 / decode_steps,
-            "decode_ratio": decode[key].median_s / decode[UNPRUNED].median_s,
-            "peak_bytes": peak[key],
-            "peak_bytes_full": peak[UNPRUNED],
-            "kv_bytes": kv[key],
-            "kv_bytes_full": kv[UNPRUNED],
+            **measured[key].beside(full, decode_steps),
         }
         for key, cell in cells.items()
         if key != UNPRUNED

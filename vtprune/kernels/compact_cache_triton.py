@@ -8,15 +8,14 @@ the survivors; since none comes from in front of its new place, what it has yet 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vtprune.kernels.guard import launch
+from vtprune.kernels.words import WORDS, widest_word
 
 __all__ = ["shift_rows"]
 
@@ -24,7 +23,6 @@ __all__ = ["shift_rows"]
 _ROWS, _WIDTH = 256, 4
 # tensors that one launch takes: its code grows with them
 _MOST = 8
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 @triton.jit
@@ -90,10 +88,8 @@ def shift_rows(tensors: Sequence[Tensor], index: Tensor) -> None:
 
 def _as_words(tensor: Tensor) -> Tensor:
     """The same memory in the widest words that fit."""
-    size = tensor.element_size()
     strides = [step if n > 1 else 0 for step, n in zip(tensor.stride(), tensor.shape, strict=True)]
     if strides[3] > 1:
-        return tensor.view(_WORDS[min(size, 8)])
-    starts = (tensor.data_ptr(), tensor.storage_offset() * size)
-    word = math.gcd(8, tensor.shape[3] * size, *starts, *(step * size for step in strides[:3]))
-    return tensor.as_strided(tensor.shape, (*strides[:3], 1)).view(_WORDS[word])
+        return tensor.view(WORDS[min(tensor.element_size(), 8)])
+    word = widest_word(tensor, tensor.shape[3], strides[:3])
+    return tensor.as_strided(tensor.shape, (*strides[:3], 1)).view(word)

@@ -7,12 +7,12 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vtprune.kernels.guard import launch
+from vtprune.kernels.words import widest_word
 
 __all__ = ["gather_rows"]
 
@@ -20,7 +20,6 @@ __all__ = ["gather_rows"]
 _TILE = 1024
 # tensors that one launch takes: its code grows with them
 _MOST = 8
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 @triton.jit
@@ -108,7 +107,6 @@ def _as_words(source: Tensor, out: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         source = source.contiguous()
     # axes with a single entry may have any stride, and would stand in the way of wide words
     strides = [step if n > 1 else 0 for step, n in zip(source.stride()[:3], source.shape[:3], strict=True)]
-    source, size = source.as_strided(source.shape, (*strides, 1)), source.element_size()
-    starts = (source.data_ptr(), source.storage_offset() * size)
-    word = _WORDS[math.gcd(8, after * size, *starts, *(step * size for step in strides))]
+    source = source.as_strided(source.shape, (*strides, 1))
+    word = widest_word(source, after, strides)
     return source.view(word), out.reshape(out.shape[0], between, out.shape[dim], after).view(word)

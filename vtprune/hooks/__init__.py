@@ -15,7 +15,13 @@ from vtprune.hooks.quantised import check_quantised
 from vtprune.hooks.session import Session
 from vtprune.hooks.validate import check_plan
 
-__all__ = ["Session", "geometry", "prune"]
+__all__ = ["Session", "geometry", "prune", "without_adapters"]
+
+
+def without_adapters(model: Any) -> Any:
+    """Adapters (PEFT) wrap the model they train; the hooks go on the model itself."""
+    wrapped = getattr(model, "get_base_model", None)
+    return model if wrapped is None else wrapped()
 
 
 def geometry(model_or_config: Any) -> Geometry:
@@ -66,10 +72,7 @@ def prune(
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise UnsupportedModelError(f"model must be a transformers model, got {type(model).__name__}.")
-    # adapters (PEFT) wrap the model they train; the hooks go on the model itself
-    wrapped = getattr(model, "get_base_model", None)
-    if wrapped is not None:
-        model = wrapped()
+    model = without_adapters(model)
     family = family_of(model.config)(model)
     shape = family.own_geometry()
     planner = Planner(shape, method, keep, basis, flops)

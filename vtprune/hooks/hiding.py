@@ -45,16 +45,11 @@ class Hidden:
         """
         gone = [torch.zeros_like(visual)] * layers
         closed: list[Tensor | None] = [None] * layers
-        text = real & ~visual
+        text = whole = real & ~visual
         for stage, record in zip(plan.stages, kept, strict=True):
-            stays = torch.zeros_like(visual)
-            for row, mine, indices in zip(stays, visual, record.indices, strict=True):
-                row[mine.nonzero()[indices, 0]] = True
             if record.text is not None:
-                whole, text = real & ~visual, torch.zeros_like(visual)
-                for row, mine, indices in zip(text, whole, record.text, strict=True):
-                    row[mine.nonzero()[indices, 0]] = True
-            left = real & ~text & ~stays
+                text = _chosen(whole, record.text)
+            left = real & ~text & ~_chosen(visual, record.indices)
             first = stage.site.index if stage.site.kind == "layer" else 0
             gone[first:] = [left] * (layers - first)
             if stage.positions == "compact":
@@ -71,6 +66,14 @@ class Hidden:
             return result
 
         return Hidden([mirror(g) for g in self.gone], [None if c is None else mirror(c) for c in self.closed])
+
+
+def _chosen(among: Tensor, indices: Sequence[Tensor]) -> Tensor:
+    """[B, N] True at the tokens of `among` [B, N] that have these numbers in each sample."""
+    marks = torch.zeros_like(among)
+    for row, mine, numbers in zip(marks, among, indices, strict=True):
+        row[mine.nonzero()[numbers, 0]] = True
+    return marks
 
 
 @contextlib.contextmanager

@@ -28,13 +28,13 @@ from vtprune.layout import ImageGrid
 from vtprune.plan import Plan, Site, Stage
 from vtprune.report import Kept
 
-__all__ = ["CONTRAST", "ROUNDING", "prove"]
+__all__ = ["distances", "prove"]
 
 _ROWS, _PADDED = 5, 3
 # pruned and hidden may differ by this share of the outputs' spread: rounding, no more
-ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+_ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 # hiding other tokens must differ by so many times more
-CONTRAST = {torch.float32: 10.0, torch.float16: 5.0, torch.bfloat16: 3.0}
+_CONTRAST = {torch.float32: 10.0, torch.float16: 5.0, torch.bfloat16: 3.0}
 
 
 def prove(model: nn.Module, family: Family, geometry: Geometry, plan: Plan) -> None:
@@ -68,19 +68,34 @@ def prove(model: nn.Module, family: Family, geometry: Geometry, plan: Plan) -> N
         _judge(type(model).__name__, f"{sites} ({what})", rows(got), rows(want), rows(other), dry.embeds.dtype)
 
 
+def distances(got: Tensor, want: Tensor, other: Tensor, dtype: torch.dtype) -> tuple[float, float, float, float]:
+    """How far outputs [rows, D] are from those wanted: root mean squares over D, as shares of the spread of `want`.
+
+    Args:
+        got: of the pruned model.
+        want: of the unpruned one with the same tokens hidden.
+        other: of the unpruned one with other tokens hidden.
+        dtype: in which they were computed.
+
+    Returns:
+        the distance of the worst row of `got` (of the median one in half precision) and of the median row of `other`;
+        what rounding in `dtype` may make of the first, and how many times more the second must be.
+    """
+    spread = want.float().std()
+    errors, controls = ((x.float() - want.float()).square().mean(1).sqrt() / spread for x in (got, other))
+    # in half precision rounding may send a token to another expert; what is wrong with pruning shows in most rows
+    error = (errors.median() if dtype in (torch.float16, torch.bfloat16) else errors.max()).item()
+    return error, controls.median().item(), _ROUNDING.get(dtype, 1e-3), _CONTRAST.get(dtype, 10.0)
+
+
 def _judge(name: str, where: str, got: Tensor, want: Tensor, other: Tensor, dtype: torch.dtype) -> None:
     """Compare outputs [rows, D].
 
     Raises:
         UnsupportedModelError: if they differ where they must not, or do not where they must.
     """
-    coarse = max((dtype, want.dtype), key=lambda d: ROUNDING.get(d, 0.0))
-    allowed, contrast = ROUNDING.get(coarse, 1e-3), CONTRAST.get(coarse, 10.0)
-    spread = want.float().std()
-    errors, controls = ((x.float() - want.float()).square().mean(1).sqrt() / spread for x in (got, other))
-    # in half precision rounding may send a token to another expert; what is wrong with pruning shows in most rows
-    error = (errors.median() if coarse in (torch.float16, torch.bfloat16) else errors.max()).item()
-    control = controls.median().item()
+    coarse = max((dtype, want.dtype), key=lambda d: _ROUNDING.get(d, 0.0))
+    error, control, allowed, contrast = distances(got, want, other, coarse)
     said = f"{name} has no family of its own, and its dry call at {where}"
     if not error <= allowed:
         raise UnsupportedModelError(

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.errors import InputError, UnsupportedModelError
-from vtprune.hooks import prune
+from vtprune.hooks import prune, without_adapters
 from vtprune.hooks.accounting import real_positions
 from vtprune.hooks.families.base import Parts, family_of
 from vtprune.hooks.hiding import Hidden, hiding
 from vtprune.hooks.planner import Methods
-from vtprune.hooks.proof import CONTRAST, ROUNDING
+from vtprune.hooks.proof import distances
 from vtprune.hooks.session import Session
 from vtprune.plan import Plan
 from vtprune.report import Report
@@ -85,8 +85,7 @@ def verify(
             tokens from, or adds visual features in its layers that a tower cut would change.
         and what `prune` raises.
     """
-    wrapped = getattr(model, "get_base_model", None)
-    family = family_of(model.config)(model if wrapped is None else wrapped())
+    family = family_of(model.config)(without_adapters(model))
     parts, prompt = family.parts(), family.prompt(dict(inputs))
     if prompt.visual is None or not any(prompt.counts):
         raise InputError("verify() needs a prompt with an image, which `inputs` does not hold.")
@@ -115,14 +114,8 @@ def verify(
 
     want, other = run(hidden), run(hidden.mirrored(prompt.visual))
     left = (real & ~hidden.gone[-1]).to(want.device)
-    got, want, other = (t[left].float() for t in (seen.output, want, other))
-    spread = want.std()
-    errors, controls = ((t - want).square().mean(1).sqrt() / spread for t in (got, other))
-    dtype = seen.output.dtype
-    half = dtype in (torch.float16, torch.bfloat16)
-    error = (errors.median() if half else errors.max()).item()
-    allowed, contrast = ROUNDING.get(dtype, 1e-3), CONTRAST.get(dtype, 10.0)
-    return Verification(error, controls.median().item(), allowed, contrast, report)
+    found = distances(seen.output[left], want[left], other[left], seen.output.dtype)
+    return Verification(*found, report)
 
 
 class _Seen:

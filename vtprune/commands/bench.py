@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vtprune.commands.options import require_matplotlib
+from vtprune.commands.options import read_numbers, require_matplotlib
 from vtprune.errors import InputError
 from vtprune.loading import SPEC_HELP
 from vtprune.specs import sweep_methods
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vtprune.bench.runner import BenchConfig
 
-__all__ = ["bench_command", "read_numbers"]
+__all__ = ["bench_command"]
 
 
 def bench_command(
@@ -67,9 +67,9 @@ def bench_command(
     budgets = tuple(entry.value for entry in parse_keeps(keeps))
     configs = [
         BenchConfig(names, budgets, batch, text, pictures, rounds, decode_steps, seed=seed, against=others)
-        for pictures in read_numbers("--images", images)
-        for text in read_numbers("--text-tokens", text_tokens)
-        for batch in read_numbers("--batch-size", batch_size)
+        for pictures in dict.fromkeys(read_numbers("--images", images))
+        for text in dict.fromkeys(read_numbers("--text-tokens", text_tokens))
+        for batch in dict.fromkeys(read_numbers("--batch-size", batch_size))
     ]
     loaded, processor = load_model(model, device=device, dtype=dtype, attn_implementation=attn)
     if processor is not None and (len({c.text_tokens for c in configs}) > 1 or len({c.images for c in configs}) > 1):
@@ -84,18 +84,6 @@ def bench_command(
     _measure_and_print(
         loaded, list(zip(configs, prompts, strict=True)), {**extra, "command": command}, out, table, plot
     )
-
-
-def read_numbers(option: str, text: str) -> list[int]:
-    """`1,4,8` -> [1, 4, 8].
-
-    Raises:
-        InputError: if a part is not a number >= 1.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"{option} must be numbers >= 1, separated by commas, got {text!r}.")
-    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def _inputs(model: Any, processor: Any, config: BenchConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vtprune.commands.options import KEEP_HELP
+from vtprune.commands.options import KEEP_HELP, read_numbers
 from vtprune.errors import InputError, UnknownNameError
 from vtprune.loading import SPEC_HELP
 
@@ -80,10 +80,7 @@ def read_layers(text: str) -> list[int]:
     Raises:
         InputError: if a part is not a layer.
     """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise InputError(f"--layers must be layers from 0 on, separated by commas, got {text!r}.")
-    return [int(part) for part in parts]
+    return read_numbers("--layers", text, 0, "layers from 0 on")
 
 
 def read_questions(path: Path, samples: int) -> list[Question]:

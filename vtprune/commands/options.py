@@ -11,7 +11,16 @@ from vtprune.specs import parse_method, split_methods
 if TYPE_CHECKING:
     from vtprune.plan import Plan
 
-__all__ = ["KEEP_HELP", "METHOD_HELP", "load_plan", "pair_keeps", "read_keeps", "read_methods", "require_matplotlib"]
+__all__ = [
+    "KEEP_HELP",
+    "METHOD_HELP",
+    "load_plan",
+    "pair_keeps",
+    "read_keeps",
+    "read_methods",
+    "read_numbers",
+    "require_matplotlib",
+]
 
 KEEP_HELP = "Budget: tokens (64), or a fraction (0.25, 25%, 1/4); one a method, separated by commas."
 METHOD_HELP = "Method, such as fastv or gemfilter(layer=3), or several separated by commas (see `vtprune methods`)."
@@ -72,6 +81,18 @@ def load_plan(path: Path) -> Plan:
     if not path.is_file():
         raise InputError(f"there is no plan file {str(path)!r}. Write one with `vtprune plan --save`.")
     return Plan.load(path)
+
+
+def read_numbers(option: str, text: str, lowest: int = 1, legal: str = "numbers >= 1") -> list[int]:
+    """`1,4,8` -> [1, 4, 8].
+
+    Raises:
+        InputError: if a part is not a number from `lowest` on, with what is `legal`.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= lowest for part in parts):
+        raise InputError(f"{option} must be {legal}, separated by commas, got {text!r}.")
+    return [int(part) for part in parts]
 
 
 def require_matplotlib(command: str) -> None:

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from learned import BUDGETED, ready
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import vtprune
 from vtprune.bench.measure import cache_bytes
 from vtprune.cost import kv_bytes, prefill_flops, vision_flops
 from vtprune.presets import build_random, random_inputs
-
-_METHODS = sorted(vtprune.methods())
 
 
 def _cpu_sdpa(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -48,13 +47,13 @@ def test_unpruned_counts_agree_with_the_counter(attn: str, batch: int) -> None:
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_pruned_report_agrees_with_the_counter(method: str, attn: str) -> None:
     model = build_random("mini", attn_implementation=attn)
     inputs = random_inputs(model, batch=2, text_tokens=13)
     # in four layers, asking some of them costs as much as is saved, and cannot save half
     asks = method in ("gemfilter", "transprune")
-    with vtprune.prune(model, method, keep=0.7 if asks else 0.5) as session:
+    with vtprune.prune(model, ready(method, model), keep=0.7 if asks else 0.5) as session:
         decoder, tower, out = _counted(model, inputs)
         report = session.report
     assert report.flops == pytest.approx(decoder, rel=0.01)

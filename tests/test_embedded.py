@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from learned import BUDGETED, ready
 from oracle import hidden_keys, masked
 from transformers import DynamicCache
 
 import vtprune
-from vtprune.contract import METHODS
 from vtprune.tiny import vocabulary
 from vtprune.tiny.scenes import scene_questions
 
@@ -62,13 +62,13 @@ def tiny(request: pytest.FixtureRequest) -> Any:
     tiny.model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", BUDGETED)
 @torch.no_grad()
 def test_keep_all_is_bit_identical(tiny: Tiny, method: str) -> None:
     model, inputs = tiny.model, tiny.encode(0, 1, 2)
     logits, ids = model(**inputs).logits, model.generate(**inputs, max_new_tokens=8, do_sample=False)
     for keep in (1.0, tiny.tokens):
-        with vtprune.prune(model, method, keep):
+        with vtprune.prune(model, ready(method, model), keep):
             assert torch.equal(model(**inputs).logits, logits)
             assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), ids)
 
@@ -99,13 +99,13 @@ def image_as_99(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.where(ids == model.config.image_token_id, 99, 0)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", BUDGETED)
 @torch.no_grad()
 def test_batch_equals_each_sample_alone(tiny: Tiny, method: str) -> None:
     model, together = tiny.model, tiny.encode(0, 1, 2, 3)
     assert (together["attention_mask"] == 0).any(), "no padding, so the test shows nothing"
     keep = 0.5 if method in ("gemfilter", "transprune") else 1 / 9  # the first layers of these see every token
-    with vtprune.prune(model, method, keep) as session:
+    with vtprune.prune(model, ready(method, model), keep) as session:
         longer = {"min_new_tokens": 16, "max_new_tokens": 16, "do_sample": False, **tiny.words_only}
         out = model.generate(**together, **longer)
         kept = session.report.kept[-1].indices

@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+from learned import BUDGETED, ready
 from models import IMAGE, LAYERS, TOKENS, Row, batch, llava
 from oracle import hidden_keys, masked
 from torch import Tensor, nn
 
 import vtprune
-from vtprune.contract import METHODS, Scorer, TokenView
+from vtprune.contract import Scorer, TokenView
 
 BACKENDS = ["sdpa", "eager"]
 DROPPING = ["random", "uniform", "fastv", "divprune"]
@@ -41,11 +42,11 @@ def cache_tensors(output: object) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("attention", BACKENDS)
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", BUDGETED)
 def test_keep_all_is_bit_identical(method: str, attention: str) -> None:
     model, inputs = llava(attention), batch(*RAGGED)
     base, base_ids = model(**inputs), model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    with vtprune.prune(model, method, keep=1.0) as session:
+    with vtprune.prune(model, ready(method, model), keep=1.0) as session:
         out, ids = model(**inputs), model.generate(**inputs, max_new_tokens=8, do_sample=False)
         report = session.report
     assert torch.equal(base.logits, out.logits)
@@ -56,11 +57,11 @@ def test_keep_all_is_bit_identical(method: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", BACKENDS)
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", BUDGETED)
 def test_keeping_every_token_by_count_is_bit_identical_with_hooks_on(method: str, attention: str) -> None:
     model, inputs = llava(attention), batch(Row())
     base = model(**inputs)
-    with vtprune.prune(model, method, keep=TOKENS):
+    with vtprune.prune(model, ready(method, model), keep=TOKENS):
         out = model(**inputs)
     assert torch.equal(base.logits, out.logits)
     assert all(torch.equal(a, b) for a, b in zip(cache_tensors(base), cache_tensors(out), strict=True))
@@ -278,13 +279,13 @@ def snapshot(model: nn.Module) -> dict:
     return state
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", BUDGETED)
 @torch.no_grad()
 def test_remove_leaves_nothing(method: str) -> None:
     model, inputs = llava(), batch(*RAGGED)
     base = model(**inputs).logits  # also lets HF install its own capture hooks
     before, keys = snapshot(model), list(model.state_dict())
-    session = vtprune.prune(model, method, 0.7)
+    session = vtprune.prune(model, ready(method, model), 0.7)
     assert snapshot(model) != before
     assert not torch.equal(model(**inputs).logits, base)
     session.remove()
@@ -314,17 +315,17 @@ def test_exception_inside_a_forward_leaves_no_state() -> None:
 FLOORS = {"fastv": 4.75, "flowcut-text": 4.75, "gemfilter": 9, "transprune": (16 + 14 + 10 + 1) / 4}
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", BUDGETED)
 @pytest.mark.parametrize("keep", [1, 3, 8, 15, 0.5, 1 / 3, 0.99])
 @torch.no_grad()
 def test_realised_budget_is_within_one_token(method: str, keep: float) -> None:
     model = llava()
     if (keep if isinstance(keep, int) else keep * TOKENS) + 1 < FLOORS.get(method, 1):
         with pytest.raises(vtprune.BudgetError, match=rf"at least {FLOORS[method]}\b") as caught:
-            vtprune.prune(model, method, keep)
+            vtprune.prune(model, ready(method, model), keep)
         assert caught.value.floor == FLOORS[method]
         return
-    session = vtprune.prune(model, method, keep)
+    session = vtprune.prune(model, ready(method, model), keep)
     rows = (Row(1, 3, 5, 0), Row(1, 5, 1, 4)) if isinstance(keep, int) else (Row(1), Row(2, 1, 4, 1))
     with session:
         model(**batch(*rows))
@@ -340,11 +341,11 @@ def test_realised_budget_is_within_one_token(method: str, keep: float) -> None:
             assert indices.max() < row.images * TOKENS
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", BUDGETED)
 @torch.no_grad()
 def test_rng_is_untouched_and_result_repeats(method: str) -> None:
     model, inputs = llava(), batch(*RAGGED)
-    with vtprune.prune(model, method, 0.7) as session:
+    with vtprune.prune(model, ready(method, model), 0.7) as session:
         torch.manual_seed(7)
         state = torch.get_rng_state()
         first, kept = model(**inputs).logits, session.report.kept

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from learned import BUDGETED, ready
 from scorer_views import LLAVA, WIDTH, Sample, seen, token_view
 from torch import Tensor
 
@@ -34,7 +35,8 @@ SAMPLES = (
 )
 KEEP = (5, 7, 1, 6)
 
-every_method = pytest.mark.parametrize("name", list(METHODS))
+every_method = pytest.mark.parametrize("name", BUDGETED)
+registered = pytest.mark.parametrize("name", list(METHODS))
 
 
 def run(scorer: Scorer, samples: tuple[Sample, ...], keep: tuple[int, ...], **options: typing.Any) -> list[list[int]]:
@@ -54,7 +56,7 @@ def run(scorer: Scorer, samples: tuple[Sample, ...], keep: tuple[int, ...], **op
 
 @every_method
 def test_keeps_the_right_number_of_alive_tokens(name: str) -> None:
-    kept = run(METHODS[name](), SAMPLES, KEEP)
+    kept = run(ready(name), SAMPLES, KEEP)
     assert [len(tokens) for tokens in kept] == list(KEEP)
     for sample, tokens in zip(SAMPLES, kept, strict=True):
         assert set(tokens) <= set(sample.alive)
@@ -63,16 +65,16 @@ def test_keeps_the_right_number_of_alive_tokens(name: str) -> None:
 @every_method
 def test_keep_all_is_the_identity(name: str) -> None:
     keep = tuple(len(s.alive) for s in SAMPLES)
-    assert run(METHODS[name](), SAMPLES, keep) == [s.alive for s in SAMPLES]
+    assert run(ready(name), SAMPLES, keep) == [s.alive for s in SAMPLES]
     if METHODS[name].merges:
-        scorer, view = METHODS[name](), seen(METHODS[name](), SAMPLES, keep)
+        scorer, view = ready(name), seen(ready(name), SAMPLES, keep)
         owner = scorer.assign(view, scorer.select(view))
         assert torch.equal(merge_tokens(view.hidden, owner, view.valid)[view.valid], view.hidden[view.valid])
 
 
 @every_method
 def test_a_sample_does_not_depend_on_its_batch_mates(name: str) -> None:
-    scorer = METHODS[name]()
+    scorer = ready(name)
     alone = [run(scorer, (s,), (k,))[0] for s, k in zip(SAMPLES, KEEP, strict=True)]
     assert run(scorer, SAMPLES, KEEP) == alone
     assert run(scorer, SAMPLES[::-1], KEEP[::-1]) == alone[::-1]
@@ -82,7 +84,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates(name: str) -> None:
 
 @every_method
 def test_padding_content_is_never_read(name: str) -> None:
-    scorer = METHODS[name]()
+    scorer = ready(name)
     clean = run(scorer, SAMPLES, KEEP, poison=0.0)
     for poison in (math.nan, 1e4, -1e4):
         assert run(scorer, SAMPLES, KEEP, poison=poison) == clean
@@ -90,19 +92,19 @@ def test_padding_content_is_never_read(name: str) -> None:
 
 @every_method
 def test_a_sample_without_visual_tokens_is_left_alone(name: str) -> None:
-    scorer = METHODS[name]()
+    scorer = ready(name)
     alone = run(scorer, SAMPLES[:2], KEEP[:2])
     assert run(scorer, (SAMPLES[0], Sample(()), SAMPLES[1]), (KEEP[0], 0, KEEP[1])) == [alone[0], [], alone[1]]
 
 
 @every_method
 def test_one_token(name: str) -> None:
-    assert run(METHODS[name](), (Sample(((1, 1),)),), (1,)) == [[0]]
+    assert run(ready(name), (Sample(((1, 1),)),), (1,)) == [[0]]
 
 
 @every_method
 def test_scores_are_finite_and_ties_go_to_the_earlier_token(name: str) -> None:
-    scorer = METHODS[name]()
+    scorer = ready(name)
     view = seen(scorer, SAMPLES, KEEP)
     if type(scorer).score is not Scorer.score:
         scores = scorer.score(view)
@@ -119,7 +121,7 @@ def test_scores_are_finite_and_ties_go_to_the_earlier_token(name: str) -> None:
 @every_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    scorer = METHODS[name]()
+    scorer = ready(name)
     kept = run(scorer, SAMPLES, KEEP, dtype=dtype)
     assert [len(tokens) for tokens in kept] == list(KEEP)
     memory = seen(scorer, SAMPLES, KEEP, dtype=dtype, poison=0.0).memory
@@ -128,7 +130,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 
 @every_method
 def test_is_deterministic_and_leaves_the_global_generator_alone(name: str) -> None:
-    scorer = METHODS[name]()
+    scorer = ready(name)
     before = torch.random.get_rng_state()
     first = run(scorer, SAMPLES, KEEP)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -138,7 +140,7 @@ def test_is_deterministic_and_leaves_the_global_generator_alone(name: str) -> No
 
 @every_method
 def test_inputs_are_not_modified(name: str) -> None:
-    scorer = METHODS[name]()
+    scorer = ready(name)
     view = seen(scorer, SAMPLES, KEEP)
     tensors = [getattr(view, f.name) for f in dataclasses.fields(view)]
     tensors = [t for t in tensors if isinstance(t, Tensor)] + list(view.memory.values())
@@ -168,13 +170,13 @@ def out_of_reach(method: Scorer, budget: Budget) -> float | None:
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_plan_spends_the_budget(name: str, budget: Budget) -> None:
     assert isinstance(budget.value, (int, float))
-    floor = out_of_reach(METHODS[name](), budget)
+    floor = out_of_reach(ready(name), budget)
     if floor is not None:
         # methods whose first layers see everything say what they need, and can spend that
         unit = 576 if isinstance(budget.value, float) and budget.basis == "average" else 1
         assert floor > budget.value * unit
         budget = Budget(math.ceil(floor)) if budget.basis == "average" else Budget.make(flops=floor)
-    plan = METHODS[name]().plan(LLAVA, budget)
+    plan = ready(name).plan(LLAVA, budget)
     cost = plan_cost(plan, LLAVA, budget.basis)
     assert isinstance(budget.value, (int, float))
     if budget.basis == "flops":
@@ -189,9 +191,9 @@ def test_plan_spends_the_budget(name: str, budget: Budget) -> None:
 def test_plan_needs_a_budget_that_exists(name: str) -> None:
     if not METHODS[name].adaptive:
         with pytest.raises(BudgetError, match=f"{name} needs a budget: pass keep=64"):
-            METHODS[name]().plan(LLAVA, Budget(None))
+            ready(name).plan(LLAVA, Budget(None))
     with pytest.raises(BudgetError, match=r"keep must be in \[1, 576\], got 577"):
-        METHODS[name]().plan(LLAVA, Budget(577))
+        ready(name).plan(LLAVA, Budget(577))
 
 
 # knobs
@@ -220,7 +222,7 @@ def accepted(name: str, field: dataclasses.Field[typing.Any]) -> Scorer:
     raise AssertionError(f"no value other than {field.default!r} fits {name}.{field.name}: teach other_values one")
 
 
-@every_method
+@registered
 def test_every_knob_survives_json(name: str) -> None:
     assert Scorer.from_dict(METHODS[name]().to_dict()) == METHODS[name]()
     for field in dataclasses.fields(METHODS[name]):
@@ -229,7 +231,7 @@ def test_every_knob_survives_json(name: str) -> None:
         assert Scorer.from_dict(scorer.to_dict()) == scorer != METHODS[name]()
 
 
-@every_method
+@registered
 def test_listing_and_unknown_knobs(name: str) -> None:
     assert METHODS[name].name == name
     assert METHODS[name].summary

@@ -79,7 +79,9 @@ def test_fixed_budgets_stay_and_the_given_ones_fill_the_gaps() -> None:
     [("uniform@1/2+fastv@8", 0.25, "0 of the 2"), ("uniform@1/2+fastv", [0.5, 0.25], "1 of the 2")],
 )
 def test_budgets_that_no_member_takes_are_refused(text: str, keep: object, count: str) -> None:
-    with pytest.raises(BudgetError, match=f"{count} methods in '{text}' have no @keep".replace("+", r"\+")) as caught:
+    with pytest.raises(
+        BudgetError, match=f"{count} methods in '{text}' take a budget and have no @keep".replace("+", r"\+")
+    ) as caught:
         parse_chain(text).keeps(keep)
     assert str(caught.value).endswith(f"got keep={keep!r}.")
 

@@ -18,7 +18,7 @@ from vtprune.budget import Budget, Geometry, solve
 from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan, Site, Stage
 from vtprune.registry import Registry
-from vtprune.views import AttentionView, Memory, Queries, TokenView, TransitionView
+from vtprune.views import AttentionView, Memory, Queries, TextView, TokenView, TransitionView
 
 __all__ = [
     "METHODS",
@@ -26,6 +26,7 @@ __all__ = [
     "Memory",
     "Queries",
     "Scorer",
+    "TextView",
     "TokenView",
     "TransitionView",
     "compose",
@@ -72,8 +73,10 @@ class Scorer:
         ahead: at `layer[k]` `observe` sees layer k itself, asked about the tokens that are about to be cut, and not the
             layer before it. (At `restart[k]` it always sees layer k.)
         adaptive: the method can decide itself how many tokens stay; a budget is then optional.
+        takes_budget: the method can be given a budget; if not, it decides itself and refuses one.
         merges: tokens that leave are averaged into a survivor (see `assign`).
         reads_prompt: the view's `text_key` is filled (it costs one copy of the token ids to the host).
+        reads_text: the view's `text` is filled.
     """
 
     name: ClassVar[str] = ""
@@ -83,8 +86,10 @@ class Scorer:
     accumulates: ClassVar[bool] = False
     ahead: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
+    takes_budget: ClassVar[bool] = True
     merges: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
 
     @property
     def reads_attention(self) -> bool:
@@ -100,6 +105,10 @@ class Scorer:
     def reads_transitions(self) -> bool:
         """`observe_transition` is called."""
         return False
+
+    def bind(self, model: Any) -> Scorer:
+        """The method as it runs on `model`; one that is learned finds its weights, or refuses. Called by `prune()`."""
+        return self
 
     def watches(self, site: Site) -> range:
         """Blocks that are observed before a cut at `site`; unless overridden as `accumulates` says."""

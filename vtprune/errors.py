@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "BudgetError",
+    "CheckpointError",
     "HostContractError",
     "InputError",
     "KernelError",
@@ -15,6 +16,7 @@ __all__ = [
     "ShapeError",
     "UnknownNameError",
     "UnsupportedModelError",
+    "UntrainedError",
     "VtpruneError",
 ]
 
@@ -67,6 +69,14 @@ class ShapeError(VtpruneError, ValueError):
 
 class KernelError(VtpruneError, RuntimeError):
     """An implementation of a kernel that was asked for by name and cannot run here or on these tensors."""
+
+
+class CheckpointError(VtpruneError, ValueError):
+    """Weights of a predictor that are missing, damaged, of another method, or trained for another model."""
+
+
+class UntrainedError(CheckpointError):
+    """A learned method without weights for this model; the message says how to train them."""
 
 
 class HostContractError(VtpruneError, RuntimeError):

@@ -60,7 +60,7 @@ class Site:
 
 
 def resolve_count(keep: int | float, total: int) -> int:
-    """Turn a count or a fraction of `total` tokens into a count in [1, total]; 0 tokens stay 0.
+    """Turn a count or a fraction of `total` tokens into a count in [1, total]; 0 tokens stay 0, and 0 keeps none.
 
     The one place where a fraction becomes an integer: round half up, at least one token.
 
@@ -83,7 +83,8 @@ class Stage:
     Attributes:
         site: where the cut is made.
         scorer: which tokens survive.
-        keep: how many survive. With `adaptive` it is the final target that the scorer may stay above.
+        keep: how many survive. With `adaptive` it is the final target that the scorer may stay above; the int 0 is
+            none, possible at `layer[k]` (all leave).
         adaptive: the scorer's `count` decides how many survive this stage, never fewer than `keep`.
         positions: `keep` leaves survivors their position ids, `compact` renumbers the sequence 0..len-1.
     """
@@ -96,10 +97,13 @@ class Stage:
 
     def __post_init__(self) -> None:
         keep = self.keep
-        legal = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+        lowest = 0 if self.site.kind == "layer" else 1
+        legal = isinstance(keep, int) and not isinstance(keep, bool) and keep >= lowest
         legal = legal or (isinstance(keep, float) and 0.0 < keep <= 1.0)
         if not legal:
-            raise PlanError(f"stage keep must be an int >= 1 or a fraction in (0, 1], got {keep!r} at {self.site}.")
+            raise PlanError(
+                f"stage keep must be an int >= {lowest} or a fraction in (0, 1], got {keep!r} at {self.site}."
+            )
         if self.positions not in ("keep", "compact"):
             raise PlanError(f"positions must be 'keep' or 'compact', got {self.positions!r} at {self.site}.")
         if self.positions == "compact" and self.site.kind == "vision":

@@ -34,6 +34,16 @@ class Chain:
     methods: tuple[Scorer, ...]
     fixed: tuple[int | float | None, ...]
 
+    @property
+    def open(self) -> tuple[bool, ...]:
+        """For each member, whether it takes the budget that comes with the chain."""
+        return tuple(b is None and m.takes_budget for b, m in zip(self.fixed, self.methods, strict=True))
+
+    @property
+    def decides(self) -> bool:
+        """It runs without a budget that comes with it, because every open member can decide by itself."""
+        return all(m.adaptive for m, is_open in zip(self.methods, self.open, strict=True) if is_open)
+
     def keeps(self, keep: Any) -> Any:
         """`keep` as `vtprune.prune` takes it for these methods: the fixed budgets with the given ones between them.
 
@@ -43,19 +53,19 @@ class Chain:
         Raises:
             BudgetError: if there are not as many as members without one.
         """
-        if all(budget is None for budget in self.fixed):
+        if all(self.open) or len(self.methods) == 1:
             return keep
         given = list(keep) if isinstance(keep, (list, tuple)) else [keep]
-        missing = self.fixed.count(None)
+        missing = sum(self.open)
         if not missing and keep is None:
             given = []
         if len(given) != missing:
             raise BudgetError(
-                f"{missing} of the {len(self.fixed)} methods in {self.text!r} have no @keep behind them, so it takes "
-                f"{missing} budget(s), got keep={keep!r}."
+                f"{missing} of the {len(self.fixed)} methods in {self.text!r} take a budget and have no @keep behind "
+                f"them, so it takes {missing} budget(s), got keep={keep!r}."
             )
         rest = iter(given)
-        return [next(rest) if budget is None else budget for budget in self.fixed]
+        return [next(rest) if is_open else budget for budget, is_open in zip(self.fixed, self.open, strict=True)]
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -91,18 +101,19 @@ def sweep_methods(text: str) -> tuple[str, ...]:
 
 
 def row_chain(text: str) -> Chain:
-    """A chain that takes the one budget of its row.
+    """A chain that takes the one budget of its row, or none because it decides by itself.
 
     Raises:
-        BudgetError: unless exactly one member has no budget of its own.
+        BudgetError: unless exactly one member is open, or none is and one takes no budget.
         UnknownNameError, PlanError: as `parse_chain` does.
     """
     chain = parse_chain(text)
-    if chain.fixed.count(None) != 1:
+    alone = not any(chain.open) and not all(m.takes_budget for m in chain.methods)
+    if sum(chain.open) != 1 and not alone:
         members = ", ".join(f"{name!r}" for name in split_methods(text, "+"))
         raise BudgetError(
             f"exactly one method of a chain takes the row's budget, every other one needs its own behind an @, such as "
-            f"'flowcut@1/2+fastv'; got {text!r}, where {chain.fixed.count(None)} of {members} have none."
+            f"'flowcut@1/2+fastv'; got {text!r}, where {sum(chain.open)} of {members} have none."
         )
     return chain
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtprune.plan import Site
 
-__all__ = ["AttentionView", "Memory", "Queries", "TokenView", "TransitionView"]
+__all__ = ["AttentionView", "Memory", "Queries", "TextView", "TokenView", "TransitionView"]
 
 Memory = dict[str, Tensor]
 """Per-token running signals of one call, each [B, V]; the engine gathers them whenever tokens are dropped. In a tower
@@ -90,6 +90,21 @@ class TransitionView:
 
 
 @dataclass(frozen=True)
+class TextView:
+    """The text tokens of a call, in order.
+
+    Attributes:
+        hidden: [B, R, D] their states; the last real one is the prompt's last token.
+        real: [B, R] False at padding of the R axis, which lies at the end.
+        behind: [B, R] True behind the last image.
+    """
+
+    hidden: Tensor
+    real: Tensor
+    behind: Tensor
+
+
+@dataclass(frozen=True)
 class TokenView:
     """What a scorer sees when its stage cuts.
 
@@ -104,6 +119,7 @@ class TokenView:
         memory: what `observe` has accumulated.
         text_key: for each sample a tuple of ints that identifies its prompt (its token ids); () in a tower, and unless
             the scorer sets `reads_prompt`.
+        text: the text tokens, None unless the scorer sets `reads_text`.
     """
 
     site: Site
@@ -117,3 +133,4 @@ class TokenView:
     keep: Tensor
     memory: Memory
     text_key: tuple[tuple[int, ...], ...]
+    text: TextView | None = None

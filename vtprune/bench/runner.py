@@ -12,7 +12,7 @@ from vtprune.bench.measure import BareDecoder, Prefill, shared_copy
 from vtprune.bench.provenance import provenance
 from vtprune.bench.rivals import RIVALS, rival_rows
 from vtprune.bench.rows import UNPRUNED, Cell, Progress, is_all, time_cells
-from vtprune.errors import BudgetError, InputError, UnknownNameError, UnsupportedModelError
+from vtprune.errors import BudgetError, InputError, UnknownNameError, UnsupportedModelError, UntrainedError
 from vtprune.specs import parse_chain, row_chain
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def run_bench(
             yield {"kind": "rival", "method": name, **row, "prompt": prompt, **shared}
 
 
-def _attach(model: Any, inputs: dict[str, torch.Tensor], config: BenchConfig, method: str, keep: float) -> Cell:
+def _attach(model: Any, inputs: dict[str, torch.Tensor], config: BenchConfig, method: str, keep: float | None) -> Cell:
     import vtprune
 
     tree = shared_copy(model)
@@ -115,17 +115,23 @@ def _run_method(
     full = Cell(None, None, Prefill(tree, inputs), tree)
     cells: dict[str, Cell] = {UNPRUNED: full}
     refused: list[dict[str, Any]] = []
-    for keep in (1.0, *(k for k in config.keeps if not is_all(k))):
+    chain = row_chain(method)
+    # a method that takes no budget decides by itself, and has one cell
+    budgets = [k for k in config.keeps if not is_all(k)] if any(chain.open) else [None]
+    for keep in (1.0, *budgets):
         try:
             cell = _attach(model, inputs, config, method, keep)
             cell.prefill()  # a budget in tokens can turn out impossible only once the prompt is known
         except BudgetError as error:
-            refused.append({"keep": keep, "possible": False, "floor": error.floor, "reason": str(error)})
+            refused.append(_refused(keep, str(error), floor=error.floor))
             continue
+        except UntrainedError as error:
+            yield _refused(None, str(error), status="not trained")
+            return
         if not is_all(keep):
             cell.oracle, problem = _verified(model, inputs, config, method, keep)
             if problem is not None and cell.oracle is not None:
-                refused.append({"keep": keep, "possible": False, "exact": False, "floor": None, "reason": problem})
+                refused.append({**_refused(keep, problem), "exact": False})
                 continue
             cell.unproved = problem
         cells[str(keep)] = cell
@@ -133,14 +139,21 @@ def _run_method(
     identical = attached is None or _same_logits(full.model, attached.model, inputs)
     if not identical:
         reason = "logits at keep = 1.0 differ from the unpruned model: not measured"
-        yield {"keep": 1.0, "possible": False, "identical": False, "floor": None, "reason": reason}
+        yield {**_refused(1.0, reason), "identical": False}
         return
     yield from time_cells(cells, inputs, method, bare, config.rounds, config.decode_steps, progress)
     yield from refused
 
 
+def _refused(
+    keep: float | None, reason: str, *, floor: float | None = None, status: str = "not possible"
+) -> dict[str, Any]:
+    """A row without figures."""
+    return {"keep": keep, "possible": False, "status": status, "floor": floor, "reason": reason}
+
+
 def _verified(
-    model: Any, inputs: dict[str, torch.Tensor], config: BenchConfig, method: str, keep: float
+    model: Any, inputs: dict[str, torch.Tensor], config: BenchConfig, method: str, keep: float | None
 ) -> tuple[Verification | None, str | None]:
     """The masked oracle on this batch, and what is wrong: with the cell, or (without a result) with the question."""
     import vtprune

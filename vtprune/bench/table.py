@@ -18,8 +18,10 @@ OVERHEAD = 0.01  # of a prefill or a decode step, attached at keep = 1
 SCORING = 0.02  # of a prefill
 
 
-def keep_text(keep: float) -> str:
-    """`64` for tokens, `0.333` for a share."""
+def keep_text(keep: float | None) -> str:
+    """`64` for tokens, `0.333` for a share, `own` where the method decides."""
+    if keep is None:
+        return "own"
     return str(keep) if isinstance(keep, int) else f"{keep:.3g}"
 
 
@@ -198,7 +200,7 @@ def bench_markdown(rows: Sequence[dict[str, Any]]) -> str:
         keep = "all" if is_all(row["keep"]) else _share(row["keep"])
         if not row["possible"]:
             floor = "" if row["floor"] is None else f" (floor {row['floor']:.4g})"
-            lines.append(_markdown_row([row["method"], keep, f"not possible{floor}", *[""] * 8]))
+            lines.append(_markdown_row([row["method"], keep, f"{row['status']}{floor}", *[""] * 8]))
             continue
         whole = is_all(row["keep"])
         lines.append(
@@ -255,10 +257,10 @@ _PROVED = "Every row was first proved equal to the unpruned model with the same 
 _NOT_PROVED = "Rows that the masked oracle does not serve were not proved on this batch."
 
 
-def _share(keep: float) -> str:
-    """`64` for tokens, `1/9` or `0.35` for a share."""
-    if isinstance(keep, int):
-        return str(keep)
+def _share(keep: float | None) -> str:
+    """`64` for tokens, `1/9` or `0.35` for a share, `own` where the method decides."""
+    if keep is None or isinstance(keep, int):
+        return keep_text(keep)
     part = Fraction(keep).limit_denominator(99)
     return str(part) if abs(part - keep) < 1e-9 else f"{keep:.3g}"
 

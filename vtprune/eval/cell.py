@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vtprune.errors import BudgetError, VtpruneError
+from vtprune.errors import BudgetError, UntrainedError, VtpruneError
 from vtprune.eval.rows import KindScore, Row, TaskScore
 from vtprune.eval.stats import Interval, mean_interval, paired_difference
 
@@ -44,6 +44,8 @@ def run_cell(row: Row, lm: VtpruneChat, harness: Harness) -> Answers | None:
     except BudgetError as error:
         row.status = "failed" if error.floor is None else "not possible"
         row.message, row.floor = str(error), error.floor
+    except UntrainedError as error:
+        row.status, row.message = "not trained", str(error)
     # what a method or the host can raise on odd sizes; anything else is a bug in the sweep and stops it
     except (VtpruneError, RuntimeError, ValueError, IndexError) as error:
         row.status = "failed"

@@ -200,7 +200,7 @@ def _show(result: SweepResult, paths: dict[str, Path], seconds: float, console: 
 
     console.print(rich_table(result.rows, console.width))
     for row in result.rows:
-        if row.status == "not possible":
+        if row.status in ("not possible", "not trained"):
             console.print(f"{row.name}: {row.message}", style="yellow", highlight=False, markup=False)
     for name, message in result.failures.items():
         last = message.strip().splitlines()[-1]

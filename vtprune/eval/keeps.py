@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from vtprune.budget import parse_keep
 from vtprune.errors import BudgetError
 
-__all__ = ["SweepKeep", "parse_keeps"]
+__all__ = ["OWN", "SweepKeep", "parse_keeps"]
 
 
 @dataclass(frozen=True)
 class SweepKeep:
-    """One budget of a sweep: what the user wrote, and how it was read (float: share, int: tokens)."""
+    """A budget of a sweep: what the user wrote, and how it was read (float: share, int: tokens, None: its own)."""
 
     text: str
-    value: int | float
+    value: int | float | None
 
     @property
     def is_all(self) -> bool:
@@ -23,11 +23,17 @@ class SweepKeep:
         return isinstance(self.value, float) and self.value == 1.0
 
     def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.text} = what the method decides"
         if self.is_all:
             return f"{self.text} = all visual tokens (the unpruned model)"
         if isinstance(self.value, float):
             return f"{self.text} = {self.value:.4g} of the visual tokens"
         return f"{self.text} = {self.value} visual token{'s' if self.value > 1 else ''}"
+
+
+OWN = SweepKeep("own", None)
+"""No budget: the method decides by itself."""
 
 
 def parse_keeps(text: str) -> list[SweepKeep]:

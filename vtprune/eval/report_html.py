@@ -60,7 +60,7 @@ def _number(value: float | None) -> str:
 
 def _sort_keys(row: Row, tasks: Sequence[str], reference: str | None) -> list[str]:
     """One key a column of `headers`: figures sort by value, not by their text."""
-    keys = [row.method, _number(float(row.keep_value)), _number(row.average_tokens)]
+    keys = [row.method, _number(row.keep_value), _number(row.average_tokens)]
     for task in tasks:
         score = row.tasks.get(task)
         keys += ["", ""] if score is None else [_number(score.accuracy.value), _number(score.share)]
@@ -111,7 +111,7 @@ def _kinds_table(rows: Sequence[Row], task: str) -> str:
         if task not in row.tasks:
             continue
         keep = "all" if row.method == UNPRUNED_ROW else row.keep
-        cells = [(row.method, row.method), (keep, _number(float(row.keep_value)))]
+        cells = [(row.method, row.method), (keep, _number(row.keep_value))]
         for kind in kinds:
             accuracy = row.tasks[task].kinds[kind].accuracy
             cells.append((f"{100 * accuracy:.0f}", _number(accuracy)))

@@ -24,7 +24,7 @@ __all__ = [
     "write_rows",
 ]
 
-Status = Literal["ok", "not possible", "failed"]
+Status = Literal["ok", "not possible", "not trained", "failed"]
 UNPRUNED_ROW = "unpruned"
 
 
@@ -98,10 +98,11 @@ class Row:
 
     Attributes:
         method: a method or chain as the user wrote it, or `unpruned`.
-        keep: the budget as the user wrote it.
-        keep_value: how it was read: share (float) or tokens (int).
+        keep: the budget as the user wrote it, "own" where the method decides.
+        keep_value: how it was read: share (float), tokens (int), or None where the method decides.
         basis: what the budget counts.
-        status: `not possible` if the method's schedule cannot reach the budget.
+        status: `not possible` if the method's schedule cannot reach the budget, `not trained` if it is learned and has
+            no weights for this model.
         message: why the cell has no figures.
         floor: smallest average number of tokens the schedule reaches, for a cell that is not possible.
         tasks: score by task.
@@ -117,7 +118,7 @@ class Row:
 
     method: str
     keep: str
-    keep_value: int | float
+    keep_value: int | float | None
     basis: str = "average"
     status: Status = "ok"
     message: str = ""

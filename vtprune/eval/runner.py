@@ -15,7 +15,7 @@ from vtprune.errors import InputError
 from vtprune.eval.against import compare, require_reference
 from vtprune.eval.cell import Answers, fill_row, run_cell
 from vtprune.eval.harness import Harness, quiet
-from vtprune.eval.keeps import SweepKeep
+from vtprune.eval.keeps import OWN, SweepKeep
 from vtprune.eval.rows import UNPRUNED_ROW, Row
 from vtprune.specs import row_chain
 
@@ -81,8 +81,13 @@ class Sweep:
             require_reference(self.against)
 
     def cells(self) -> list[tuple[str, SweepKeep]]:
-        """(method, budget) of every pruned cell."""
-        return [(method, keep) for method in self.methods for keep in self.keeps if not keep.is_all]
+        """(method, budget) of every pruned cell; a method that can decide by itself has a cell where it does."""
+        cells: list[tuple[str, SweepKeep]] = []
+        for method in self.methods:
+            chain = row_chain(method)
+            cells += [(method, keep) for keep in self.keeps if any(chain.open) and not keep.is_all]
+            cells += [(method, OWN)] * chain.decides
+        return cells
 
 
 @dataclass
@@ -138,6 +143,9 @@ def run_sweep(sweep: Sweep, progress: Progress) -> tuple[SweepResult, Harness, V
     fill_row(result.rows[0], baseline, baseline, sweep.seed)
     result.answers[UNPRUNED_ROW] = baseline
     for method, keep in cells:
+        if result.rows[-1].method == method and result.rows[-1].status == "not trained":
+            progress.step(method, harness.questions)
+            continue
         row = Row(method, keep.text, keep.value, sweep.basis, run=run)
         result.rows.append(row)
         answers = ask(row)

@@ -67,6 +67,8 @@ def prune(
             way that ties tokens together.
         UnknownNameError: if a method name is not registered.
         BudgetError: if the budget is malformed or out of the method's reach.
+        UntrainedError: if a learned method has no weights for this model.
+        CheckpointError: if its weights cannot be read, or were trained for another model.
         PlanError: if the stages cannot run in this order on this model.
         SessionError: if the model is already pruned.
     """
@@ -75,7 +77,7 @@ def prune(
     model = without_adapters(model)
     family = family_of(model.config)(model)
     shape = family.own_geometry()
-    planner = Planner(shape, method, keep, basis, flops)
+    planner = Planner(shape, method, keep, basis, flops, lambda m: m.bind(model))
     check_plan(planner.nominal, shape)
     if not planner.inactive:
         check_quantised(family.parts().root)

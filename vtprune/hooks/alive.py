@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from vtprune.contract import AttentionView, Memory, Scorer, TokenView
+from vtprune.contract import AttentionView, Memory, Scorer, TextView, TokenView
 from vtprune.errors import PlanError
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.layout import Layout
@@ -123,6 +124,7 @@ def make_cut(
     layout: Layout | None,
     grids: Sequence[Sequence[tuple[int, int]]],
     text_key: tuple[tuple[int, ...], ...],
+    text: TextView | None,
     want_scores: bool,
 ) -> Cut:
     """Let the stage's scorer choose the survivors.
@@ -134,18 +136,18 @@ def make_cut(
         keep: survivors asked of each row (the target, if the stage is adaptive).
         layout: the decoder's layout, or None in a tower, where a row is one image, crop or frame of `grids[b][0]`.
         grids: for each row, (rows, cols) of its images.
-        text_key: see `TokenView`.
+        text_key, text: see `TokenView`.
         want_scores: also return the scores.
 
     Raises:
         PlanError: if the scorer returns another number of tokens than asked.
     """
-    view = _token_view(stage.site, stage.scorer, alive, hidden, keep, layout, grids, text_key)
+    view = _token_view(stage.site, stage.scorer, alive, hidden, keep, layout, grids, text_key, text)
     counts = keep
     if stage.adaptive:
         decided = stage.scorer.count(view).tolist()
         counts = [min(now, max(int(n), k)) for n, k, now in zip(decided, keep, alive.counts, strict=True)]
-        view = _token_view(stage.site, stage.scorer, alive, hidden, counts, layout, grids, text_key)
+        view = dataclasses.replace(view, keep=torch.tensor(counts, device=view.keep.device))
     kept = stage.scorer.select(view)
     # top-k keeps what it was asked for by construction; a scorer's own select() is checked
     if type(stage.scorer).select is not Scorer.select:
@@ -184,6 +186,7 @@ def _token_view(
     layout: Layout | None,
     grids: Sequence[Sequence[tuple[int, int]]],
     text_key: tuple[tuple[int, ...], ...],
+    text: TextView | None,
 ) -> TokenView:
     original = alive.original
     if layout is None:
@@ -206,4 +209,5 @@ def _token_view(
             for name, signal in alive.memory.get(scorer.name, {}).items()
         },
         text_key=text_key,
+        text=text,
     )

@@ -57,12 +57,13 @@ class Hidden:
         return cls(gone, closed)
 
     def mirrored(self, visual: Tensor) -> Hidden:
-        """As many other visual tokens: the last for the first, and so on."""
+        """As many other visual tokens: the last for the first, and so on; half of them where all are hidden."""
 
         def mirror(marks: Tensor) -> Tensor:
             result = marks.clone()
             for row, mine, here in zip(result, marks, visual, strict=True):
-                row[here] = mine[here].flip(0)
+                gone = mine[here].flip(0)
+                row[here] = torch.arange(len(gone), device=gone.device) % 2 == 0 if gone.all() else gone
             return result
 
         return Hidden([mirror(g) for g in self.gone], [None if c is None else mirror(c) for c in self.closed])

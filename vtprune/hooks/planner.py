@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vtprune.budget import Budget, Geometry
@@ -24,9 +25,19 @@ class Planner:
         nominal: the plan for that prompt; other prompts get plans with the same sites and other counts.
     """
 
-    def __init__(self, geometry: Geometry, methods: Methods, keep: Any, basis: str, flops: float | None) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        methods: Methods,
+        keep: Any,
+        basis: str,
+        flops: float | None,
+        bind: Callable[[Scorer], Scorer] = lambda method: method,
+    ) -> None:
         self.geometry = geometry
-        self._fixed = methods if isinstance(methods, Plan) else None
+        self._fixed = None
+        if isinstance(methods, Plan):
+            self._fixed = Plan(tuple(dataclasses.replace(s, scorer=bind(s.scorer)) for s in methods.stages))
         self._methods: list[Scorer] = []
         self._budgets: list[Budget] = []
         if self._fixed is not None:
@@ -37,7 +48,7 @@ class Planner:
             if isinstance(methods, str):
                 chain = parse_chain(methods)
                 methods, keep = chain.methods, chain.keeps(keep)
-            self._methods = [_method(m) for m in _as_list(methods)]
+            self._methods = [bind(_method(m)) for m in _as_list(methods)]
             self._budgets = _budgets(self._methods, keep, basis, flops)
             self.nominal = self._nominal()
         self._solved: dict[tuple[int, int, int], Plan] = {}

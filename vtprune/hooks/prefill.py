@@ -128,10 +128,12 @@ class Prefill:
             # a pass that a restart breaks off makes no cuts
             for ordinal, stage in enumerate(self.left.stages if self._asking is None else ()):
                 if stage.site == Site("layer", index):
-                    cut = self.left.cuts(ordinal)
-                    if stage.looks_ahead and cut:
+                    if stage.looks_ahead and self.left.cuts(ordinal):
                         self._ask_layer(stage, hidden, arguments)
+                    before = hidden
                     hidden = self.left.cut(ordinal, hidden)
+                    # an adaptive stage may find that nothing should leave
+                    cut = hidden is not before
                     # also closes gaps of earlier stages
                     compact = self.left.pruned and stage.positions == "compact"
             if cut or compact or self._groups.old is not None:

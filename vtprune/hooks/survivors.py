@@ -16,7 +16,7 @@ from vtprune.hooks.alive import Alive, cut_counts, make_cut, record_cut
 from vtprune.hooks.departures import book_departures
 from vtprune.hooks.families.base import Prompt
 from vtprune.hooks.rows import Rows
-from vtprune.hooks.views import text_keys
+from vtprune.hooks.views import text_keys, text_view
 from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.kernels.merge_tokens import merge_tokens
 from vtprune.layout import Layout
@@ -85,7 +85,7 @@ class Survivors:
         return self._drop(hidden) if self.alive.counts != list(self.layout.counts) else hidden
 
     def cut(self, ordinal: int, hidden: Tensor, ranked: Tensor | None = None) -> Tensor:
-        """Run stage `ordinal` on [B, M, D] states; returns those of the rows that stay.
+        """Run stage `ordinal` on [B, M, D] states; returns those of the rows that stay, the same tensor if all do.
 
         Args:
             ordinal: which stage.
@@ -103,7 +103,11 @@ class Survivors:
         visual = keep_tokens([hidden], rows)[0]
         grids = [[(g.rows, g.cols) for g in sample] for sample in self.layout.grids]
         text_key = text_keys(self.prompt, self.layout) if stage.scorer.reads_prompt else ()
-        cut = make_cut(stage, alive, visual, keep, layout, grids, text_key, self._want_scores)
+        text = text_view(hidden, self.rows, self.text, self.layout) if stage.scorer.reads_text else None
+        cut = make_cut(stage, alive, visual, keep, layout, grids, text_key, text, self._want_scores)
+        if cut.alive.counts == self.alive.counts and not dropped:
+            self.kept.append(record_cut(stage.site, self.alive, cut))
+            return hidden
         if cut.owner is not None:
             merged = merge_tokens(visual, cut.owner, alive.valid)
             # padding of the V axis is written to a spare row behind the last one

@@ -118,7 +118,9 @@ class TowerCall:
         if keep == cells.counts:
             return hidden
         grids = [[unit.grid] for unit in self._units]
-        after = make_cut(stage, cells, rows.states(hidden, cells), keep, None, grids, ((),) * len(keep), False).alive
+        after = make_cut(
+            stage, cells, rows.states(hidden, cells), keep, None, grids, ((),) * len(keep), None, False
+        ).alive
         if after.counts == cells.counts:
             return hidden
         self._departures.note(ordinal, cells, after)

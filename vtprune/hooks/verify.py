@@ -35,7 +35,7 @@ class Verification:
 
     Attributes:
         error: of the worst token that is left (in half precision of the median one).
-        control: of the median token, if as many other tokens are hidden instead.
+        control: of the median token, if as many other tokens are hidden instead (half of them where all were).
         allowed: rounding in the model's dtype.
         contrast: how many times more than `error` the control must be to say something.
         report: of the pruned prefill.

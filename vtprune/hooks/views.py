@@ -11,15 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtprune.contract import AttentionView, Queries, TransitionView
+from vtprune.contract import AttentionView, Queries, TextView, TransitionView
 from vtprune.hooks.alive import Alive
 from vtprune.hooks.cache import Group
 from vtprune.hooks.families.base import Prompt
 from vtprune.hooks.masks import Masks
 from vtprune.hooks.rows import Rows
+from vtprune.kernels.keep_tokens import keep_tokens
 from vtprune.layout import Layout
 
-__all__ = ["Books", "Seen", "instruction_rows", "text_keys"]
+__all__ = ["Books", "Seen", "instruction_rows", "text_keys", "text_view"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,36 @@ def instruction_rows(rows: Rows, layout: Layout) -> tuple[Tensor, Tensor]:
     Returns:
         [B, R] rows, and [B, R] False at padding.
     """
-    before = layout.position.masked_fill(~layout.valid, -1)
-    behind = rows.filled & (rows.position > before.amax(1, keepdim=True))
-    counts = behind.sum(1)
+    return _in_order(rows.filled & _behind(rows, layout))
+
+
+def text_view(hidden: Tensor, rows: Rows, text: Tensor, layout: Layout) -> TextView:
+    """The text tokens that are left, on the device of their states.
+
+    Args:
+        hidden: [B, M, D] states of all rows.
+        rows: what they hold.
+        text: [B, N] positions of the call that hold text which is left.
+        layout: of the prompt.
+    """
+    index, real = _in_order(rows.filled & text.gather(1, rows.position))
+    behind = _behind(rows, layout).gather(1, index) & real
+    index, real, behind = (t.to(hidden.device) for t in (index, real, behind))
+    return TextView(keep_tokens([hidden], index)[0], real, behind)
+
+
+def _behind(rows: Rows, layout: Layout) -> Tensor:
+    """[B, M] True at rows behind the last image; all of them in a sample without one."""
+    last = layout.position.masked_fill(~layout.valid, -1).amax(1, keepdim=True)
+    return rows.position > last
+
+
+def _in_order(marks: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, M] marks -> [B, R] the marked rows, padded at the end, and [B, R] False at that padding."""
+    counts = marks.sum(1)
     width = int(counts.max())
-    index = torch.argsort((~behind).to(torch.uint8), dim=1, stable=True)[:, :width]
-    return index, torch.arange(width, device=behind.device) < counts[:, None]
+    index = torch.argsort((~marks).to(torch.uint8), dim=1, stable=True)[:, :width]
+    return index, torch.arange(width, device=marks.device) < counts[:, None]
 
 
 def text_keys(prompt: Prompt, layout: Layout) -> tuple[tuple[int, ...], ...]:

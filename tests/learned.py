@@ -1,0 +1,43 @@
+"""Learned methods with untrained weights, so that they join the contract tests of all methods."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from vtprune.contract import METHODS, Scorer
+from vtprune.predictors import ExitGates, Fingerprint, Predictor
+from vtprune.scorers.learned import LearnedScorer
+
+BUDGETED = sorted(name for name, cls in METHODS.items() if cls.takes_budget)
+_NOBODY = Fingerprint("nobody", 4, 16)
+
+
+def untrained(kind: str, fingerprint: Fingerprint) -> Predictor:
+    """A small predictor of random weights."""
+    torch.manual_seed(7)
+    given = fingerprint.to_dict()
+    if kind == "dyvte":
+        return ExitGates(given, fingerprint.layers, fingerprint.hidden, width=3)
+    raise AssertionError(f"teach untrained() to make a predictor for {kind}")
+
+
+@lru_cache
+def weights(kind: str, fingerprint: Fingerprint) -> str:
+    """Folder of an untrained predictor."""
+    state = torch.get_rng_state()
+    folder = tempfile.mkdtemp(prefix=f"vtprune-{kind}-")
+    untrained(kind, fingerprint).save_pretrained(folder)
+    torch.set_rng_state(state)
+    return folder
+
+
+def ready(name: str, model: Any = None) -> Scorer:
+    """A method as it runs on `model`, or on no model at all."""
+    cls = METHODS[name]
+    if not issubclass(cls, LearnedScorer):
+        return cls()
+    return cls(weights=weights(name, _NOBODY if model is None else Fingerprint.of(model)))

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from vtprune.budget import scale_depth
 from vtprune.contract import METHODS, Scorer
-from vtprune.predictors import ExitGates, Fingerprint, Predictor
+from vtprune.predictors import ExitGates, Fingerprint, Predictor, Thresholds
 from vtprune.scorers.learned import LearnedScorer
 
 BUDGETED = sorted(name for name, cls in METHODS.items() if cls.takes_budget)
-_NOBODY = Fingerprint("nobody", 4, 16)
+# as deep as scorer_views.LLAVA
+_NOBODY = Fingerprint("nobody", 32, 16)
 
 
 def untrained(kind: str, fingerprint: Fingerprint) -> Predictor:
@@ -22,6 +24,9 @@ def untrained(kind: str, fingerprint: Fingerprint) -> Predictor:
     given = fingerprint.to_dict()
     if kind == "dyvte":
         return ExitGates(given, fingerprint.layers, fingerprint.hidden, width=3)
+    if kind == "atp":
+        after = tuple(k - 1 for k in scale_depth((5, 15, 25), 32, fingerprint.layers))
+        return Thresholds(given, after=after, width=4)
     raise AssertionError(f"teach untrained() to make a predictor for {kind}")
 
 

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtprune.budget import Geometry, VisionGeometry
+from vtprune.budget import Budget, Geometry, VisionGeometry
 from vtprune.contract import AttentionView, Memory, Scorer, TokenView, TransitionView
 from vtprune.plan import Site
+from vtprune.scorers.learned import LearnedScorer
 
 HEADS, KEY_HEADS, HEAD_DIM, WIDTH = 4, 2, 8, 16
 # LLaVA-1.5-7B
@@ -106,12 +107,13 @@ def attention_view(
     poison: float = math.nan,
 ) -> AttentionView:
     """A block's signals, left-padded: CLS and then patches with `has_cls`, else visual tokens and then text."""
-    queries, keys, values, query_values, columns = [], [], [], [], []
+    queries, keys, values, query_values, columns, everyone = [], [], [], [], [], []
     lengths = [len(s.alive) + (1 if has_cls else s.text) for s in samples]
     for s, n in zip(samples, lengths, strict=True):
         keys.append(s.normal(f"key{block}", KEY_HEADS, n, HEAD_DIM))
         values.append(s.normal(f"value{block}", KEY_HEADS, n, HEAD_DIM))
         queries.append(s.normal(f"query{block}", HEADS, 1, HEAD_DIM))
+        everyone.append(s.normal(f"every{block}", HEADS, n, HEAD_DIM))
         query_values.append(values[-1][:, :1] if has_cls else values[-1][:, -1:])
         first = max(lengths) - n + int(has_cls)
         columns.append(torch.arange(first, first + len(s.alive))[:, None])
@@ -126,6 +128,7 @@ def attention_view(
         valid=token_view(samples, [1] * len(samples)).valid,
         query_value=torch.stack(query_values).to(dtype),
         has_cls=has_cls,
+        every_query=None if has_cls else _pad(everyone, poison, left=True).to(dtype),
     )
 
 
@@ -176,4 +179,6 @@ def seen(
             view = transition_view(samples, 0, part, dtype=dtype, poison=poison)
             memory = scorer.observe_transition(view, memory)
     site = "vision[2]" if scorer.queries == "cls" else "input"
+    if isinstance(scorer, LearnedScorer):
+        site = str(scorer.plan(LLAVA, Budget(1.0)).stages[0].site)
     return token_view(samples, keep, memory, site=site, dtype=dtype, poison=poison)

@@ -23,7 +23,7 @@ from vtprune.errors import BudgetError, PlanError
 from vtprune.hooks.cache import record_of
 from vtprune.hooks.validate import asked_layers, watched_transitions
 from vtprune.plan import Plan, Site, Stage
-from vtprune.scorers import transprune
+from vtprune.scorers import instruction
 from vtprune.scorers.transprune import TransPrune, transition_variation
 
 NEXT = dataclasses.replace(LLAVA, visual_tokens=2880, entering=())
@@ -248,7 +248,7 @@ def by_hand(case: Any, inputs: dict[str, Any], cut: int, since: int) -> list[tup
 @torch.no_grad()
 def test_scores_equal_the_formula_by_hand(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged in every way: positions, visual tokens and tokens that ask, of which a few at a time are looked at."""
-    monkeypatch.setattr(transprune, "_ROWS", 20)
+    monkeypatch.setattr(instruction, "_ROWS", 20)
     case = CASES[name]
     rows = (
         Row((("image", case.sizes[0]),), 1, 30, 0),

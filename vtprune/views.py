@@ -44,6 +44,7 @@ class AttentionView:
         softcap: bound c of the logits, which the model takes as c tanh(logit / c), or None.
         rows: [B, R] False at padding of the R axis, or None if there is none.
         first: keys before this one come from earlier calls (a cache).
+        every_query: [B, H, N - first, d] the queries of all rows of the call, None in a tower.
     """
 
     block: int
@@ -59,6 +60,7 @@ class AttentionView:
     softcap: float | None = None
     rows: Tensor | None = None
     first: int = 0
+    every_query: Tensor | None = None
 
     def visual(self, states: Tensor) -> Tensor:
         """[B, Hkv, N, d] keys or values -> [B, Hkv, V, d] at the alive visual tokens."""

@@ -76,6 +76,7 @@ class Books:
             has_cls=False,
             rows=asking,
             first=past,
+            every_query=seen.query,
         )
 
     def transition(

@@ -13,16 +13,14 @@ from torch import Tensor
 from vtprune.budget import Budget, Geometry, scale_depth, solve
 from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView, TransitionView
 from vtprune.errors import PlanError
-from vtprune.kernels.attention_rows import attention_rows
 from vtprune.kernels.transition import transition
 from vtprune.plan import Plan, Positions, Site, Stage
+from vtprune.scorers.instruction import instruction_attention
 
 __all__ = ["TransPrune", "transition_variation"]
 
 # of the sums that both signals are divided by
 _EPSILON = 1e-8
-# instruction tokens whose attention is computed at once
-_ROWS = 64
 
 
 def transition_variation(
@@ -150,17 +148,7 @@ class TransPrune(Scorer):
 
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
         """Remember what the instruction attends to, `iga` [B, V], the mean over its tokens."""
-        total = torch.zeros(view.column.shape, dtype=torch.float32, device=view.query.device)
-        asking = view.rows
-        for first in range(0, view.query.shape[2], _ROWS):
-            part = slice(first, first + _ROWS)
-            real = view.real if view.real is None or view.real.dim() == 2 else view.real[:, part]
-            weights = attention_rows(
-                view.query[:, :, part], view.key, view.scaling, real=real, column=view.column, softcap=view.softcap
-            )
-            total += (weights if asking is None else weights * asking[:, part, None]).sum(1)
-        number = view.query.shape[2] if asking is None else asking.sum(1, keepdim=True)
-        return {**memory, "iga": total / number}
+        return {**memory, "iga": instruction_attention(view)}
 
     def score(self, view: TokenView) -> Tensor:
         """[B, V] weighted sum of the signals, fp32, not negative."""

@@ -18,10 +18,10 @@ from typer.testing import CliRunner, Result
 
 import vtprune
 from vtprune.cli import app
-from vtprune.commands.prompt import Question, prompt_inputs, read_video
 from vtprune.errors import InputError, VtpruneError
 from vtprune.images import open_image
 from vtprune.loading import load_model
+from vtprune.prompt import Question, prompt_inputs, read_video
 from vtprune.videos import Video, open_video
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "qwen_images_and_video.py"

@@ -34,6 +34,9 @@ _TOP = (
     "presets",
     "images",
     "videos",
+    "jsonl",
+    "progress",
+    "prompt",
 )
 # what users and the upper layers may import from below
 _PUBLIC = (

@@ -87,9 +87,9 @@ def bench_command(
 
 
 def _inputs(model: Any, processor: Any, config: BenchConfig) -> dict[str, Any]:
-    from vtprune.commands.prompt import Question, prompt_inputs
     from vtprune.images import load_example
     from vtprune.presets import random_inputs
+    from vtprune.prompt import Question, prompt_inputs
 
     if processor is None:
         return random_inputs(model, config.batch_size, config.text_tokens, config.images, config.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from vtprune.loading import SPEC_HELP
 
 if TYPE_CHECKING:
     from vtprune.calibrate import LayerRow
-    from vtprune.commands.prompt import Question
+    from vtprune.prompt import Question
 
 __all__ = ["calibrate_command", "read_layers", "read_questions"]
 
@@ -48,8 +49,8 @@ def calibrate_command(
     import vtprune
     from vtprune.budget import parse_keep
     from vtprune.calibrate import candidate_layers, choose_layer
-    from vtprune.commands.prompt import prompt_inputs
     from vtprune.loading import load_config, load_model
+    from vtprune.prompt import prompt_inputs
 
     budget = parse_keep(keep)
     questions = _questions(model, data, samples, seed)
@@ -89,35 +90,23 @@ def read_questions(path: Path, samples: int) -> list[Question]:
     Raises:
         InputError: if the file or an image is missing, a line is malformed, or there are fewer than 2 questions.
     """
-    from vtprune.commands.prompt import Question
     from vtprune.images import open_image
+    from vtprune.jsonl import read_data_lines
+    from vtprune.prompt import Question
 
-    if not path.is_file():
-        raise InputError(f"there is no data file {str(path)!r}.")
     questions: list[Question] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip() or len(questions) == samples:
-            continue
-        where = f"line {number} of {str(path)!r}"
+    for line in itertools.islice(read_data_lines(path), samples):
         try:
-            entry: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not JSON: {error}.") from error
-        image, text = (entry.get(key) if isinstance(entry, dict) else None for key in ("image", "question"))
-        if not (isinstance(image, str) and image and isinstance(text, str) and text):
-            raise InputError(f'{where} must be {{"image": path, "question": text}}, got {line.strip()[:80]}.')
-        try:
-            picture = open_image(path.parent / image)
+            questions.append(Question(line.question, tuple(open_image(image) for image in line.images)))
         except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        questions.append(Question(text, (picture,)))
+            raise InputError(f"{line.where}: {error}") from error
     if len(questions) < 2:
         raise InputError(f"{str(path)!r} holds {len(questions)} question(s); calibration needs at least 2.")
     return questions
 
 
 def _questions(model: str, data: Path | None, samples: int, seed: int) -> list[Question]:
-    from vtprune.commands.prompt import Question
+    from vtprune.prompt import Question
 
     if model.startswith("random:"):
         raise InputError(f"{model!r} has random weights and cannot answer, so there is nothing to calibrate.")

@@ -12,8 +12,8 @@ from vtprune.errors import InputError
 from vtprune.loading import SPEC_HELP
 
 if TYPE_CHECKING:
-    from vtprune.commands.prompt import Question
     from vtprune.plan import Plan
+    from vtprune.prompt import Question
     from vtprune.report import Report
 
 __all__ = ["run_command"]
@@ -37,9 +37,9 @@ def run_command(
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16 or float16."),
 ) -> None:
     """Answer one question with all visual tokens and with a part of them, and compare."""
-    from vtprune.commands.prompt import prompt_inputs
     from vtprune.commands.show import console
     from vtprune.loading import load_model
+    from vtprune.prompt import prompt_inputs
 
     what, keeps = _what(method, keep, plan)
     images, videos = image or [], video or []
@@ -66,8 +66,8 @@ def run_command(
 
 
 def _question(model: Any, images: list[Path], videos: list[Path], text: str | None) -> Question:
-    from vtprune.commands.prompt import Question, read_video
     from vtprune.images import load_example, open_image
+    from vtprune.prompt import Question, read_video
 
     if images or videos:
         films = tuple(read_video(model, path) for path in videos)

@@ -171,11 +171,11 @@ def _run(sweep: Sweep, out: Path, console: Console) -> tuple[SweepResult, dict[s
     """The sweep under a progress bar, then its files."""
     from vtprune.eval.examples import make_examples
     from vtprune.eval.plot import plot_rows
-    from vtprune.eval.progress import RichProgress
     from vtprune.eval.report_html import write_report
     from vtprune.eval.rows import write_rows
     from vtprune.eval.runner import run_sweep, write_predictions
     from vtprune.eval.table import markdown
+    from vtprune.progress import RichProgress
 
     out.mkdir(parents=True, exist_ok=True)
     files = ("rows.jsonl", "predictions.jsonl", "table.md", "accuracy.png", "report.html")

@@ -32,6 +32,7 @@ from vtprune.eval.asking import (
 from vtprune.eval.counts import PrunedTokenCounts, Totals
 from vtprune.loading import load_model
 from vtprune.plan import Plan
+from vtprune.prompt import processor_inputs
 
 __all__ = ["VtpruneChat", "VtpruneSimple"]
 
@@ -167,14 +168,8 @@ class _Vtprune(lmms):
     def encode(self, prompts: Sequence[tuple[str, Sequence[Any]]]) -> Any:
         """Left-padded model inputs, on the model's device, of (prompt text, its images) pairs."""
         images = [image for _, pictures in prompts for image in pictures]
-        inputs = self.processor(
-            text=[text for text, _ in prompts],
-            images=images or None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return inputs.to(self.device, self._model.dtype)
+        texts = [text for text, _ in prompts]
+        return processor_inputs(self.processor, texts, self.device, self._model.dtype, images=images or None)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Messages in the model's own chat format."""

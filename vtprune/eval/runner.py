@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vtprune.errors import InputError
 from vtprune.eval.against import compare, require_reference
@@ -17,24 +17,15 @@ from vtprune.eval.cell import Answers, fill_row, run_cell
 from vtprune.eval.harness import Harness, quiet
 from vtprune.eval.keeps import OWN, SweepKeep
 from vtprune.eval.rows import UNPRUNED_ROW, Row
+from vtprune.progress import Progress
 from vtprune.specs import row_chain
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
 
-__all__ = ["Progress", "Sweep", "SweepResult", "environment", "run_sweep", "write_predictions"]
+__all__ = ["Sweep", "SweepResult", "environment", "run_sweep", "write_predictions"]
 
 _TIMED_BATCH = 8  # enough to fill two cores; timing every cell on larger batches takes longer than the questions
-
-
-class Progress(Protocol):
-    """What the runner tells whoever watches."""
-
-    def start(self, title: str, steps: int) -> None:
-        """A phase of `steps` steps begins."""
-
-    def step(self, title: str, count: int = 1) -> None:
-        """`count` steps of the phase are done; `title` says what is running."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from vtprune.errors import InputError, VtpruneError
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
     from vtprune.videos import Video
 
-__all__ = ["Question", "prompt_inputs", "read_video"]
+__all__ = ["Question", "chat_text", "processor_inputs", "prompt_inputs", "read_video"]
 
 # families whose processors take what qwen-vl-utils makes
 _QWEN = ("qwen2_vl", "qwen3_vl")
@@ -44,14 +45,39 @@ def prompt_inputs(model: Any, processor: Any, questions: Sequence[Question]) -> 
     if any(q.videos for q in questions) and getattr(processor, "video_processor", None) is None:
         raise InputError(f"{type(model).__name__} reads no videos. Pass images, or a model such as Qwen2-VL.")
     chats = [[{"role": "user", "content": _content(question)}] for question in questions]
-    if getattr(processor, "chat_template", None):
-        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    else:
-        texts = [_plain_text(processor, question) for question in questions]
+    texts = [chat_text(processor, question) for question in questions]
     media = _qwen_media(processor, chats) if _is_qwen(model) else _media(questions)
-    batch = processor(text=texts, return_tensors="pt", padding=True, padding_side="left", **media)
-    moved = batch.to(model.device)
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
+    return dict(processor_inputs(processor, texts, model.device, model.dtype, **media))
+
+
+def chat_text(processor: Any, question: Question, answer: str | None = None) -> str:
+    """A question in the model's own chat format, ready to be answered; with an `answer`, both turns.
+
+    A processor without a chat template gets its image and video tokens, one a line, and the question below them, and
+    the answer behind a space.
+    """
+    if not getattr(processor, "chat_template", None):
+        return _plain_text(processor, question) + ("" if answer is None else f" {answer}")
+    chat = [{"role": "user", "content": _content(question)}]
+    if answer is not None:
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer is None)
+
+
+def processor_inputs(
+    processor: Any, texts: Sequence[str], device: torch.device | str, dtype: torch.dtype | None, **media: Any
+) -> Any:
+    """A left-padded batch of texts with their images and videos, on `device`; pixels in `dtype` (None: as they come).
+
+    Args:
+        processor: the model's.
+        texts: one a sample, with a placeholder for every picture.
+        device: where the inputs go.
+        dtype: of the floating-point inputs.
+        media: `images`, `videos` and options, in the processor's own words; pictures of all samples in one list.
+    """
+    batch = processor(text=list(texts), return_tensors="pt", padding=True, padding_side="left", **media)
+    return batch.to(device) if dtype is None else batch.to(device, dtype)
 
 
 def read_video(model: Any, path: Path) -> Video:

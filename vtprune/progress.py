@@ -1,20 +1,32 @@
-"""The sweep's progress in the terminal."""
+"""What long work tells whoever watches, and bars in the terminal that show it."""
 
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Protocol
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["RichProgress"]
+__all__ = ["Progress", "RichProgress"]
+
+
+class Progress(Protocol):
+    """What long work tells whoever watches."""
+
+    def start(self, title: str, steps: int) -> None:
+        """A phase of `steps` steps begins."""
+
+    def step(self, title: str, count: int = 1) -> None:
+        """`count` steps of the phase are done; `title` says what is running."""
 
 
 class RichProgress:
-    """One bar a phase; a context manager. Implements `vtprune.eval.runner.Progress`."""
+    """One bar a phase; a context manager. Implements `Progress`."""
 
     def __init__(self, console: Console) -> None:
-        self._bars = Progress(
+        self._bars = bars.Progress(
             TextColumn("{task.description:<34.34}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),

@@ -24,7 +24,7 @@ from vtprune.eval.task_data import question_seed
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
 
-__all__ = ["Harness", "Sample", "quiet", "require_lmms_eval"]
+__all__ = ["Asked", "Harness", "Sample", "quiet", "require_lmms_eval"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,17 @@ class Sample:
     prediction: str
     score: float
     counts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A document of a task as a prompt with its answer; the first one where several count as right."""
+
+    doc_id: int
+    images: tuple[Any, ...]
+    question: str
+    answer: str
+    kind: str | None
 
 
 def require_lmms_eval() -> None:
@@ -164,6 +175,37 @@ class Harness:
             messages = ChatMessages(messages=self._tasks[task].doc_to_messages(doc))
             prompts.append((model.prompt(messages.to_hf_messages()), messages.extract_media()[0]))
         return prompts
+
+    def image_ids(self, task: str) -> list[str]:
+        """For each document to train on the image it asks about; its place where the task does not say."""
+        docs = _training_docs(self._tasks[task])
+        if "image_id" in getattr(docs, "column_names", ()):
+            return [str(name) for name in docs["image_id"]]
+        return [str(place) for place in range(len(docs))]
+
+    def questions_of(self, task: str, places: Sequence[int]) -> Iterator[Asked]:
+        """The documents to train on at these places, as prompts with their answers.
+
+        Raises:
+            InputError: if a document has no answer, or its media are not images.
+        """
+        entry = self._tasks[task]
+        docs = _training_docs(entry)
+        for place in places:
+            doc = docs[place]
+            images, target = list(entry.doc_to_visual(doc) or []), entry.doc_to_target(doc)
+            answer = str(target[0] if isinstance(target, (list, tuple)) and target else target).strip()
+            if not answer or target is None:
+                raise InputError(f"task {task!r} has no answer to its question {place}; train on another task.")
+            if not all(hasattr(image, "convert") for image in images):
+                raise InputError(f"task {task!r} asks about video or audio; predictors are trained on images.")
+            text = str(entry.doc_to_text(doc)).replace("<image>", "").strip()
+            yield Asked(place, tuple(images), text, answer, doc.get("kind"))
+
+
+def _training_docs(task: Any) -> Any:
+    """What a task offers to train on; the documents it is evaluated on where it has no others."""
+    return task.training_docs() if task.has_training_docs() else task.eval_docs
 
 
 def _check_names(tasks: Sequence[str], manager: Any) -> None:

@@ -1,0 +1,81 @@
+"""The few things that several training processes do together, and that one does alone just the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.errors import VtpruneError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["add_gradients", "from_main", "my_slice", "new_accelerator", "same_weights"]
+
+
+def new_accelerator() -> Accelerator:
+    """`accelerate.Accelerator()`: of the processes that `accelerate launch` started, or of this one alone.
+
+    Raises:
+        VtpruneError: if accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise VtpruneError(f"training needs accelerate ({error}). Run: pip install 'vtprune[train]'") from error
+    return Accelerator()
+
+
+def my_slice(items: Sequence[int], accelerator: Accelerator) -> Sequence[int]:
+    """This process's part of a batch: consecutive, the first processes one more where it does not divide."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    size, rest = divmod(len(items), world)
+    start = rank * size + min(rank, rest)
+    return items[start : start + size + (rank < rest)]
+
+
+def from_main(value: Any, accelerator: Accelerator) -> Any:
+    """The main process's value of a small Python object, on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+@torch.no_grad()
+def same_weights(tensors: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """Overwrite tensors by the main process's."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast
+
+        for tensor in tensors:
+            tensor.copy_(broadcast(tensor.detach().to(accelerator.device)))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def add_gradients(parameters: Sequence[nn.Parameter], loss: float, accelerator: Accelerator) -> float:
+    """Sum gradients, and a loss, over the processes; a parameter that no process used keeps no gradient.
+
+    Returns:
+        the sum of the losses.
+    """
+    if accelerator.num_processes == 1:
+        return loss
+    used = [float(p.grad is not None) for p in parameters]
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    # one message a step; what is small goes in front
+    flat = torch.cat(
+        [torch.tensor([loss, *used], dtype=dtype, device=accelerator.device)]
+        + [piece.to(accelerator.device, dtype).flatten() for piece in pieces]
+    )
+    total: Any = accelerator.reduce(flat, "sum")
+    sizes = [1 + len(used), *(p.numel() for p in parameters)]
+    head, *sums = total.split(sizes)
+    for parameter, is_used, value in zip(parameters, head[1:].tolist(), sums, strict=True):
+        parameter.grad = value.view_as(parameter).to(parameter) if is_used else None
+    return float(head[0])

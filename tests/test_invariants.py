@@ -388,3 +388,16 @@ def test_gradients_flow_and_equal_the_oracle(method: str) -> None:
         "model.language_model.layers.0.self_attn.q_proj.weight",
     ):
         torch.testing.assert_close(grads[name], model.get_parameter(name).grad, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_text_prompt_that_is_the_longest_leaves_the_others_exact() -> None:
+    """It keeps every row, so there are as many rows as positions, but those of the others have moved."""
+    model, inputs = llava(), batch(Row(1, 3, 5, 0), Row(0, 2, 40, 2))
+    with vtprune.prune(model, ["uniform", "fastv"], [0.6, 0.4]) as session:
+        out, report = model.generate(**inputs, **GREEDY), session.report
+    with masked(model, hidden_keys(report, inputs["input_ids"], LAYERS)):
+        want = model.generate(**inputs, **GREEDY)
+    for got, ref in zip(out.scores, want.scores, strict=True):
+        finite = ref.isfinite()
+        torch.testing.assert_close(got[finite], ref[finite], atol=1e-5, rtol=1e-5)

@@ -18,16 +18,19 @@ class Rows:
         position: [B, M] original position of each row; padding rows hold positions that no other row holds.
         filled: [B, M] False at padding. Padding that pruning adds lies in front.
         counts: rows of each sample that are not padding.
+        untouched: row i holds position i. As many rows as positions do not say so: if one sample keeps everything, the
+            rows of the others have moved behind new padding.
     """
 
     position: Tensor
     filled: Tensor
     counts: list[int]
+    untouched: bool = False
 
     @classmethod
     def all_of(cls, real: Tensor, counts: list[int]) -> Rows:
         """Every position; `real` [B, N] is False at padding."""
-        return cls(torch.arange(real.shape[1], device=real.device).expand_as(real), real, counts)
+        return cls(torch.arange(real.shape[1], device=real.device).expand_as(real), real, counts, True)
 
     @property
     def length(self) -> int:
@@ -43,7 +46,7 @@ class Rows:
         """The same on another device."""
         if self.position.device == device:
             return self
-        return Rows(self.position.to(device), self.filled.to(device), self.counts)
+        return Rows(self.position.to(device), self.filled.to(device), self.counts, self.untouched)
 
     def keep(self, keep: Tensor, counts: list[int]) -> tuple[Rows, Tensor]:
         """The rows whose position is marked in `keep` [B, N], `counts` of them a sample, packed to the right.
@@ -60,7 +63,7 @@ class Rows:
 
     def row_of(self, position: Tensor, length: int) -> Tensor:
         """[B, K] row of each original position (0 where no row holds it); `length` is N."""
-        if self.length == length:
+        if self.untouched:
             return position
         rows = torch.zeros(position.shape[0], length, dtype=torch.long, device=position.device)
         rows.scatter_(1, self.position, torch.arange(self.length, device=position.device).expand_as(self.position))

@@ -37,10 +37,9 @@ class Fingerprint:
         weight = model.get_input_embeddings().weight.detach()
         values: tuple[float, ...] = ()
         if weight.device.type != "meta":
-            # fixed cells among the first rows, so that words added at the end change nothing
-            rows, columns = min(256, weight.shape[0]), weight.shape[1]
-            cells = [(7 + 13 * i, 3 + 31 * i) for i in range(_VALUES)]
-            values = tuple(float(weight[row % rows, column % columns]) for row, column in cells)
+            # fixed cells of the first rows, so that words added at the end change nothing
+            cells = [((7 + 5 * i) % min(64, weight.shape[0]), (3 + 31 * i) % weight.shape[1]) for i in range(_VALUES)]
+            values = tuple(float(weight[row, column]) for row, column in cells)
         return cls(
             architecture=type(model).__name__,
             layers=int(text.num_hidden_layers),

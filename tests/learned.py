@@ -10,7 +10,7 @@ import torch
 
 from vtprune.budget import scale_depth
 from vtprune.contract import METHODS, Scorer
-from vtprune.predictors import ExitGates, Fingerprint, Predictor, Thresholds
+from vtprune.predictors import ExitGates, Fingerprint, Predictor, RelevanceNet, Thresholds
 from vtprune.scorers.learned import LearnedScorer
 
 BUDGETED = sorted(name for name, cls in METHODS.items() if cls.takes_budget)
@@ -27,6 +27,8 @@ def untrained(kind: str, fingerprint: Fingerprint) -> Predictor:
     if kind == "atp":
         after = tuple(k - 1 for k in scale_depth((5, 15, 25), 32, fingerprint.layers))
         return Thresholds(given, after=after, width=4)
+    if kind == "relevance":
+        return RelevanceNet(given, channels=(3, 5), kernel=3)
     raise AssertionError(f"teach untrained() to make a predictor for {kind}")
 
 

@@ -272,18 +272,20 @@ def test_prompts_alone_are_those_of_the_evaluation() -> None:
     ("turn", "behind"),
     [
         # no token ends the turn; the token that ends it is not the tokenizer's; text follows; a template that trims
-        (" {{ text }} ", " red<eos>"),
-        (" {{ text }}<unk> \n", " red<unk>"),
-        (" {{ text }} <eos> user :", " red <eos>"),
-        ("{{ text }}", "red<eos>"),
+        (" assistant : {{ text }} ", " red<eos>"),
+        (" assistant : {{ text }}<unk> \n", " red<unk>"),
+        (" assistant : {{ text }} <eos> user :", " red <eos>"),
+        (" assistant :{{ text }}", "red<eos>"),
+        # past turns are written in another way than the one that is asked for
+        (" digit {{ text }}<unk>", " red<eos>"),
     ],
 )
 def test_turns_end_as_their_template_ends_them(turn: str, behind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, processor = load_tiny("llava")
     turns = turn.replace("text", "m['content'][0]['text']")
     template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}<image> {{ m['content'][1]['text'] }} assistant :"
-        f"{{% else %}}{turns}{{% endif %}}{{% endfor %}}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}<image> {{ m['content'][1]['text'] }}"
+        f"{{% else %}}{turns}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}} assistant :{{% endif %}}"
     )
     processor.chat_template = template  # type: ignore[attr-defined]
     seen: list[str] = []

@@ -99,19 +99,19 @@ def test_it_learns_and_says_how(tmp_path: Path) -> None:
 
 
 def test_the_best_weights_are_restored(tmp_path: Path) -> None:
-    """Held-out losses by script: the weights of epoch 2 come back, and patience ends the run after epoch 5."""
+    """Held-out losses by script: the weights of epoch 3 come back, and patience ends the run after epoch 6."""
     toy = Toy()
-    scripted, seen = iter([9.0, 5.0, 4.0, 4.0, 6.0, 4.5, 1.0]), []
+    scripted, seen = iter([9.0, 5.0, 6.0, 4.0, 4.0, 6.0, 4.5, 1.0]), []
 
     def held_out() -> float:
         seen.append(toy.layers[0].weight.detach().clone())
         return next(scripted)
 
-    config = replace(CONFIG, epochs=6, patience=3)
+    config = replace(CONFIG, epochs=7, patience=3)
     result = train_loop(toy, SAMPLES, toy.loss, held_out, config, tmp_path)
-    assert (result.best_loss, result.best_epoch, len(result.history)) == (4.0, 2, 6)
-    assert torch.equal(toy.layers[0].weight, seen[2])
-    assert not torch.equal(seen[2], seen[-1])
+    assert (result.best_loss, result.best_epoch, len(result.history)) == (4.0, 3, 7)
+    assert torch.equal(toy.layers[0].weight, seen[3])
+    assert not torch.equal(seen[3], seen[-1])
 
 
 def test_training_that_only_hurts_gives_the_untrained_module_back(tmp_path: Path) -> None:

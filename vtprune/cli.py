@@ -15,7 +15,10 @@ from vtprune.errors import VtpruneError
 __all__ = ["app", "main"]
 
 # name -> (module, function, help); imported when called, so that a missing extra stops that command only
-_LAZY = {"eval": ("vtprune.eval.cli", "eval_command", "Accuracy against token budget on benchmark tasks.")}
+_LAZY = {
+    "eval": ("vtprune.eval.cli", "eval_command", "Accuracy against token budget on benchmark tasks."),
+    "train": ("vtprune.commands.train", "train_command", "Train the predictor of a learned method."),
+}
 
 
 class _Group(TyperGroup):

@@ -8,6 +8,7 @@ what the methods so far leave, so a chain never keeps more than its fixed member
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from vtprune.errors import BudgetError, InputError, PlanError
 if TYPE_CHECKING:
     from vtprune.contract import Scorer
 
-__all__ = ["Chain", "parse_chain", "parse_method", "row_chain", "split_methods", "sweep_methods"]
+__all__ = ["Chain", "parse_chain", "parse_knobs", "parse_method", "row_chain", "split_methods", "sweep_methods"]
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,25 @@ def parse_method(text: str) -> Scorer:
     """
     from vtprune.contract import METHODS, Scorer
 
+    name, knobs = parse_knobs(text, known=METHODS.__getitem__)
+    return Scorer.from_dict({"name": name, **knobs})
+
+
+def parse_knobs(text: str, known: Callable[[str], object] = str) -> tuple[str, dict[str, Any]]:
+    """`name(a=1, b='x')` -> ("name", {"a": 1, "b": "x"}); `name` -> ("name", {}).
+
+    Args:
+        text: what was written.
+        known: raises if there is no such name; called before the knobs are read.
+
+    Raises:
+        PlanError: if the text is written in another way.
+    """
     name, bracket, rest = text.strip().partition("(")
-    method = METHODS[name.strip()]
-    if not bracket:
-        return method()
+    known(name.strip())
     knobs: dict[str, Any] = {}
+    if not bracket:
+        return name.strip(), knobs
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
@@ -167,4 +182,4 @@ def parse_method(text: str) -> Scorer:
             f"a method is written 'name' or 'name(knob=value, ...)', such as 'gemfilter(layer=3)' or "
             f"\"fastv(positions='compact')\", got {text!r}."
         ) from error
-    return Scorer.from_dict({"name": name.strip(), **knobs})
+    return name.strip(), knobs

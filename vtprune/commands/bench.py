@@ -64,7 +64,7 @@ def bench_command(
         torch.set_num_threads(threads)
     names = sweep_methods(methods)
     others = tuple(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
-    budgets = tuple(entry.value for entry in parse_keeps(keeps))
+    budgets = tuple(entry.value for entry in parse_keeps(keeps) if entry.value is not None)
     configs = [
         BenchConfig(names, budgets, batch, text, pictures, rounds, decode_steps, seed=seed, against=others)
         for pictures in dict.fromkeys(read_numbers("--images", images))

@@ -122,16 +122,16 @@ def compare(
         run = Row(reference, f"{keep:.4g}", keep)
         found = known[keep] if keep in known else ask(run)
         for row in its_rows:
-            row.against = _against(run, found, answers[row.name], seed)
+            row.against = _against(run, keep, found, answers[row.name], seed)
 
 
-def _against(run: Row, found: Answers | None, mine: Answers, seed: int) -> Against:
+def _against(run: Row, keep: int | float, found: Answers | None, mine: Answers, seed: int) -> Against:
     share = mine.totals.share("flops")
     if found is None:
-        return Against(run.method, run.keep_value, share, message=run.message)
+        return Against(run.method, keep, share, message=run.message)
     return Against(
         run.method,
-        run.keep_value,
+        keep,
         share,
         tokens=found.totals.to_dict()["average_tokens"],
         reference_share=found.totals.share("flops"),

@@ -72,15 +72,22 @@ def _task_score(samples: Sequence[Sample], baseline: Sequence[Sample], seed: int
     scores = [sample.score for sample in samples]
     unpruned = sum(sample.score for sample in baseline) / len(baseline)
     accuracy = mean_interval(scores, images, seed)
-    by_kind: dict[str, list[float]] = {}
+    by_kind: dict[str, list[Sample]] = {}
     for sample in samples:
         if sample.kind is not None:
-            by_kind.setdefault(sample.kind, []).append(sample.score)
+            by_kind.setdefault(sample.kind, []).append(sample)
     return TaskScore(
         accuracy=accuracy,
         share=accuracy.value / unpruned if unpruned else None,
         difference=paired(samples, baseline, seed),
         questions=len(samples),
         images=len(set(images)),
-        kinds={kind: KindScore(sum(group) / len(group), len(group)) for kind, group in sorted(by_kind.items())},
+        kinds={kind: _kind_score(group) for kind, group in sorted(by_kind.items())},
     )
+
+
+def _kind_score(samples: Sequence[Sample]) -> KindScore:
+    tokens = [sample.counts.get("average_tokens") for sample in samples]
+    known = [float(n) for n in tokens if n is not None]
+    average = sum(known) / len(known) if len(known) == len(samples) else None
+    return KindScore(sum(sample.score for sample in samples) / len(samples), len(samples), average)

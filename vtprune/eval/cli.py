@@ -170,6 +170,7 @@ def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
 def _run(sweep: Sweep, out: Path, console: Console) -> tuple[SweepResult, dict[str, Path]]:
     """The sweep under a progress bar, then its files."""
     from vtprune.eval.examples import make_examples
+    from vtprune.eval.kinds import deciding_rows, kinds_markdown, plot_kinds
     from vtprune.eval.plot import plot_rows
     from vtprune.eval.report_html import write_report
     from vtprune.eval.rows import write_rows
@@ -187,6 +188,10 @@ def _run(sweep: Sweep, out: Path, console: Console) -> tuple[SweepResult, dict[s
         write_predictions(result, paths["predictions.jsonl"])
         paths["table.md"].write_text(markdown(result.rows), encoding="utf-8")
         plot_rows(result.rows, paths["accuracy.png"])
+        if deciding_rows(result.rows):
+            paths |= {name: out / name for name in ("kinds.md", "kinds.png")}
+            paths["kinds.md"].write_text(kinds_markdown(result.rows), encoding="utf-8")
+            plot_kinds(result.rows, paths["kinds.png"])
         progress.start("drawing examples", 1)
         examples = make_examples(result, harness, lm)
         write_report(result.rows, paths["accuracy.png"], paths["report.html"], examples)

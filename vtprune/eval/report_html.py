@@ -113,8 +113,9 @@ def _kinds_table(rows: Sequence[Row], task: str) -> str:
         keep = "all" if row.method == UNPRUNED_ROW else row.keep
         cells = [(row.method, row.method), (keep, _number(row.keep_value))]
         for kind in kinds:
-            accuracy = row.tasks[task].kinds[kind].accuracy
-            cells.append((f"{100 * accuracy:.0f}", _number(accuracy)))
+            score = row.tasks[task].kinds[kind]
+            spent = f" ({score.tokens:.0f} tokens)" if row.keep_value is None and score.tokens is not None else ""
+            cells.append((f"{100 * score.accuracy:.0f}{spent}", _number(score.accuracy)))
         style = "unpruned" if row.method == UNPRUNED_ROW else ""
         texts = "".join(f'<td data-value="{escape(key)}">{escape(text)}</td>' for text, key in cells)
         lines.append(f'<tr class="{style}">{texts}</tr>')

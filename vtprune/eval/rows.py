@@ -30,10 +30,18 @@ UNPRUNED_ROW = "unpruned"
 
 @dataclass(frozen=True)
 class KindScore:
-    """Accuracy on one kind of question."""
+    """Accuracy on one kind of question.
+
+    Attributes:
+        accuracy: mean score.
+        questions: how many.
+        tokens: visual tokens that entered a decoder layer, averaged over layers and questions; None if nothing was
+            attached.
+    """
 
     accuracy: float
     questions: int
+    tokens: float | None = None
 
 
 @dataclass(frozen=True)

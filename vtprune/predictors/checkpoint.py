@@ -54,7 +54,8 @@ class Predictor(
         self.fingerprint = Fingerprint.from_dict(fingerprint)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = {_KIND: self.kind, **(self._hub_mixin_config or {})}
+        arguments: Any = self._hub_mixin_config or {}
+        config = {_KIND: self.kind, **arguments}
         (save_directory / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, save_directory / _WEIGHTS, metadata={"format": "pt"})

@@ -34,8 +34,8 @@ class ExitGates(Predictor):
             raise ShapeError(f"gates need layers >= 2, hidden and width >= 1, got {layers}, {hidden} and {width}.")
         self.down = nn.ModuleList(nn.Linear(2 * hidden, width, bias=False) for _ in range(layers - 1))
         self.up = nn.ModuleList(nn.Linear(width, 2, bias=False) for _ in range(layers - 1))
-        for linear in (*self.down, *self.up):
-            nn.init.xavier_uniform_(linear.weight)
+        for weight in self.parameters():
+            nn.init.xavier_uniform_(weight)
 
     def forward(self, layer: int, features: Tensor) -> Tensor:
         """[B, 2D] what the text holds after decoder layer `layer` -> [B, 2] logits of staying and of leaving."""

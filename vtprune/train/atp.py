@@ -136,7 +136,10 @@ def train_atp(
     fingerprint = Fingerprint.of(model)
     depth, hidden = fingerprint.layers, fingerprint.hidden
     after = config.after or tuple(k - 1 for k in scale_depth((5, 15, 25), 32, depth))
-    settings = {"model": fingerprint.to_dict(), "config": {k: v for k, v in asdict(config).items() if k != "loop"}}
+    settings: dict[str, Any] = {
+        "model": fingerprint.to_dict(),
+        "config": {k: v for k, v in asdict(config).items() if k != "loop"},
+    }
     settings["data"] = [example.key for example in (*train, *held_out)]
     torch.manual_seed(config.loop.seed)
     thresholds = Thresholds(fingerprint.to_dict(), after=list(after), width=config.width or hidden).to(model.device)

@@ -364,6 +364,22 @@ def test_a_chain_is_timed_like_a_method() -> None:
     assert quarter["method"] == "divprune@1/2+fastv(layer=2)"
 
 
+def test_methods_that_decide_have_one_cell_and_untrained_ones_say_so() -> None:
+    model = build_random("mini")
+    inputs = random_inputs(model, text_tokens=9)
+    rows = list(run_bench(model, inputs, BenchConfig(("dyvte(exit_layer=1)", "dyvte"), (0.5, 0.25), rounds=1)))
+    whole, own, missing = rows
+    assert (whole["keep"], own["keep"], missing["keep"]) == (1.0, None, None)
+    assert own["oracle_error"] < 1e-5
+    assert own["average_tokens"] == [own["visual_tokens"][0] * 2 / 4]
+    assert (missing["possible"], missing["status"]) == (False, "not trained")
+    assert "has no weights for this model" in missing["reason"]
+    text = bench_markdown(rows)
+    assert "| dyvte(exit_layer=1) | own | " in text
+    assert "| dyvte | own | not trained | |" in text
+    bench_table(rows)
+
+
 def test_bench_says_what_a_schedule_cannot_reach(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,13 +68,36 @@ def test_soft_mask_closed_form() -> None:
     view = seen(ready("atp"), (Sample(((2, 2),), seed=1),), (2,))
     scores = torch.tensor([[0.6, 0.1, 0.9, 0.3]])
     view = dataclasses.replace(view, memory={"self": scores, "cross": scores}, row=torch.ones_like(view.row))
-    method = ATP(normalise=False)
+    method = ATP(normalise="none")
     soft = method.soft(view, fixed([4, 14, 24], 0.5, 0.999), temperature=10.0)
     assert soft[0, 0].item() == pytest.approx(0.731059, abs=1e-6)
     redundancy, _ = method.parts(view, fixed([4, 14, 24], 0.5, 0.999))
     torch.testing.assert_close(redundancy, scores - 0.5)
     scaled, _ = ATP().parts(view, fixed([4, 14, 24], 0.5, 0.999))
     torch.testing.assert_close(scaled, torch.tensor([[0.125, -0.5, 0.5, -0.25]]))
+
+
+def test_scores_can_be_scaled_before_they_are_added() -> None:
+    view = seen(ready("atp"), (Sample(((2, 2),), seed=1),), (2,))
+    # logits of hundreds beside probabilities: their sum only sees the logits
+    loud, quiet = torch.tensor([[0.0, 300.0, 100.0, 200.0]]), torch.tensor([[0.9, 0.0, 0.0, 0.3]])
+    view = dataclasses.replace(view, memory={"self": loud, "cross": quiet})
+    limits = fixed([4, 14, 24], 0.5, 0.999)
+    each, _ = ATP(normalise="each").parts(view, limits)
+    torch.testing.assert_close(each, torch.tensor([[0.5, 0.5, 1 / 6, 0.5]]) - 0.5)
+    both, _ = ATP(normalise="sum").parts(view, limits)
+    torch.testing.assert_close(both, torch.tensor([[0.0, 1.0, 1 / 3, 2 / 3]]) - 0.5, atol=3e-3, rtol=0)
+
+
+def test_weights_bring_the_scores_they_were_trained_with(tmp_path: Path) -> None:
+    model = llava()
+    trained = {"normalise": "each", "rates": [0.25], "penalty": 2.0}
+    Thresholds(Fingerprint.of(model).to_dict(), [1], 2, trained).save_pretrained(tmp_path)
+    with vtprune.prune(model, ATP(weights=str(tmp_path))) as session:
+        found = session.plan.stages[0].scorer
+    assert found == ATP(weights=str(tmp_path), after=(1,), normalise="each", rates=(0.25,), penalty=2.0)
+    with pytest.raises(PlanError, match=r"atp penalty is 1\.0, but the weights .* were trained with 2\.0"):
+        vtprune.prune(model, ATP(weights=str(tmp_path), penalty=1.0))
 
 
 def test_hard_masks_are_soft_masks_above_one_half() -> None:
@@ -138,7 +162,7 @@ def test_modules_sit_where_the_weights_say() -> None:
     folder = weights("atp", shape)
     with vtprune.prune(model, ATP(weights=folder)) as session:
         assert [str(stage.site) for stage in session.plan.stages] == ["layer[1]", "layer[2]", "layer[3]"]
-    with pytest.raises(PlanError, match=r"atp after is \(1,\), but the weights .* were trained behind \(0, 1, 2\)"):
+    with pytest.raises(PlanError, match=r"atp after is \(1,\), but the weights .* were trained with \(0, 1, 2\)"):
         vtprune.prune(model, ATP(weights=folder, after=(1,)))
     with pytest.raises(PlanError, match=r"atp after must lie in \[0, 2\] \(4 decoder layers\), got \(3,\)"):
         ATP(after=(3,)).plan(vtprune.geometry(model), Budget(None))
@@ -151,7 +175,7 @@ def test_modules_sit_where_the_weights_say() -> None:
     [
         ({"after": (3, 2)}, "after must be increasing"),
         ({"axis": "both"}, "axis must be 'received' or 'given'"),
-        ({"normalise": 1}, "normalise must be True or False"),
+        ({"normalise": True}, "normalise must be 'sum', 'each' or 'none'"),
         ({"rates": (0.3,)}, "rates must be shares 1 / n"),
         ({"rates": ()}, "rates must be shares 1 / n"),
         ({"penalty": -1}, "penalty must be a number >= 0"),

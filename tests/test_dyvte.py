@@ -263,6 +263,17 @@ def test_weights_of_another_model_are_refused() -> None:
         vtprune.prune(model, deeper)
 
 
+def test_gates_read_what_they_were_trained_to_read(tmp_path: Path) -> None:
+    model = llava()
+    shape = Fingerprint.of(model)
+    ExitGates(shape.to_dict(), shape.layers, shape.hidden, 2, "all").save_pretrained(tmp_path)
+    for method in (DyVTE(weights=str(tmp_path)), DyVTE(weights=str(tmp_path), read="all")):
+        with vtprune.prune(model, method) as session:
+            assert {stage.scorer.read for stage in session.plan.stages} == {"all"}  # type: ignore[attr-defined]
+    with pytest.raises(PlanError, match=r"dyvte read is 'all', but the weights .* were trained with 'behind'"):
+        vtprune.prune(model, DyVTE(weights=weights("dyvte", shape), read="all"))
+
+
 def test_half_precision_is_the_same_model() -> None:
     model = llava()
     method = DyVTE(weights=weights("dyvte", Fingerprint.of(model)))

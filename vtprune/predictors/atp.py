@@ -24,13 +24,21 @@ class Thresholds(Predictor):
         fingerprint: of the model, see `Fingerprint.to_dict`.
         after: 0-based decoder layers behind which the modules sit, increasing.
         width: of z.
+        scores: knobs of `ATP` that say what the scores are; the thresholds mean nothing with others.
     """
 
     kind: ClassVar[str] = "atp"
 
-    def __init__(self, fingerprint: Mapping[str, Any], after: Sequence[int], width: int) -> None:
+    def __init__(
+        self,
+        fingerprint: Mapping[str, Any],
+        after: Sequence[int],
+        width: int,
+        scores: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(fingerprint)
         self.after = tuple(after)
+        self.scores = {name: tuple(v) if isinstance(v, list) else v for name, v in (scores or {}).items()}
         if not self.after or width < 1 or any(a >= b for a, b in zip(self.after, self.after[1:], strict=False)):
             raise ShapeError(f"thresholds need increasing layers and width >= 1, got {self.after} and {width}.")
         self.inner = nn.ModuleList(nn.Linear(2, width) for _ in self.after)

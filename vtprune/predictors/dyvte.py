@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,12 +24,21 @@ class ExitGates(Predictor):
         fingerprint: of the model, see `Fingerprint.to_dict`.
         layers, hidden: of its decoder, L and D.
         width: W, units between the two linear layers.
+        read: which text the mean is taken over, see `DyVTE`.
     """
 
     kind: ClassVar[str] = "dyvte"
 
-    def __init__(self, fingerprint: Mapping[str, Any], layers: int, hidden: int, width: int = 2048) -> None:
+    def __init__(
+        self,
+        fingerprint: Mapping[str, Any],
+        layers: int,
+        hidden: int,
+        width: int = 2048,
+        read: Literal["behind", "all"] = "behind",
+    ) -> None:
         super().__init__(fingerprint)
+        self.read: Literal["behind", "all"] = read
         if min(layers - 1, hidden, width) < 1:
             raise ShapeError(f"gates need layers >= 2, hidden and width >= 1, got {layers}, {hidden} and {width}.")
         self.down = nn.ModuleList(nn.Linear(2 * hidden, width, bias=False) for _ in range(layers - 1))

@@ -69,6 +69,14 @@ def spatial_score(row: Tensor, col: Tensor, rates: tuple[float, ...], penalty: f
     return score
 
 
+def _to_unit(scores: Tensor, valid: Tensor) -> Tensor:
+    """[B, V, n] each score of each prompt moved to [0, 1]; all 0 where all are equal."""
+    there = valid[..., None]
+    low = scores.masked_fill(~there, math.inf).amin(1, keepdim=True)
+    high = scores.masked_fill(~there, -math.inf).amax(1, keepdim=True)
+    return (scores - low) / (high - low).clamp(min=_EPSILON)
+
+
 def _are_grids(rates: Any) -> bool:
     """Every rate is 1 / n^2 of a whole n."""
     if not isinstance(rates, tuple) or not rates or any(type(rate) not in (int, float) for rate in rates):
@@ -92,12 +100,15 @@ class ATP(LearnedScorer):
     and nowhere defined; positions are the model's own.
 
     Attributes:
-        after: decoder layers behind which modules sit; None takes those of the weights (before any are known, (4, 14,
-            24) of 32 moved to the model's depth). Must be what the weights were trained with.
+        after: decoder layers behind which modules sit; None is (4, 14, 24) of 32 moved to the model's depth.
         axis: of the self score: "received" or "given".
-        normalise: bring S_red of a prompt to [0, 1] before it meets its threshold.
+        normalise: "sum" brings S_red of a prompt to [0, 1] before it meets its threshold, "each" both of its scores
+            before they are added (logits and probabilities differ by orders of magnitude, so that otherwise the self
+            score alone decides), "none" neither.
         rates: ladder of grids; a single rate only switches one grid on or off.
         penalty: lambda_sample of the spatial score.
+
+    Weights bring the knobs that they were trained with.
 
     Raises:
         PlanError: if a knob is out of range.
@@ -111,7 +122,7 @@ class ATP(LearnedScorer):
 
     after: tuple[int, ...] | None = None
     axis: Literal["received", "given"] = "received"
-    normalise: bool = True
+    normalise: Literal["sum", "each", "none"] = "sum"
     rates: tuple[float, ...] = (1 / 4, 1 / 9, 1 / 16, 1 / 36)
     penalty: float = 3.0
 
@@ -123,8 +134,8 @@ class ATP(LearnedScorer):
                 raise PlanError(f"atp after must be increasing layers from 0 on, or None, got {self.after!r}.")
         if self.axis not in ("received", "given"):
             raise PlanError(f"atp axis must be 'received' or 'given', got {self.axis!r}.")
-        if not isinstance(self.normalise, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PlanError(f"atp normalise must be True or False, got {self.normalise!r}.")
+        if self.normalise not in ("sum", "each", "none"):
+            raise PlanError(f"atp normalise must be 'sum', 'each' or 'none', got {self.normalise!r}.")
         if not _are_grids(self.rates):
             raise PlanError(f"atp rates must be shares 1 / n^2 such as 1/4 or 1/9, got {self.rates!r}.")
         penalty: Any = self.penalty
@@ -132,17 +143,16 @@ class ATP(LearnedScorer):
             raise PlanError(f"atp penalty must be a number >= 0, got {penalty!r}.")
 
     def bind(self, model: Any) -> Scorer:
-        """See `LearnedScorer.bind`; the layers are those of the weights.
+        """See `LearnedScorer.bind`; layers and scores are those that the weights were trained with.
 
         Raises:
-            PlanError: if `after` names other layers.
+            PlanError: if a knob says otherwise.
         """
         bound = super().bind(model)
-        weights: Any = getattr(bound, "weights", None)
-        layers = load_predictor(Thresholds, weights).after
-        if self.after not in (None, layers):
-            raise PlanError(f"atp after is {self.after}, but the weights {weights!r} were trained behind {layers}.")
-        return dataclasses.replace(bound, after=layers)  # type: ignore[type-var]
+        if not isinstance(bound, ATP) or bound.weights is None:
+            return bound
+        thresholds = load_predictor(Thresholds, bound.weights)
+        return bound.as_trained({"after": thresholds.after, **thresholds.scores})
 
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
         """Remember both scores of the layer that has just run, `self` and `cross` [B, V]."""
@@ -153,11 +163,11 @@ class ATP(LearnedScorer):
         both = torch.stack([view.memory["self"], view.memory["cross"]], 2).masked_fill(~view.valid[..., None], 0.0)
         means = both.sum(1) / view.valid.sum(1, keepdim=True).clamp(min=1)
         limits = thresholds(view.site.index - 1, means)
+        if self.normalise == "each":
+            both = _to_unit(both, view.valid)
         redundancy = both.mean(2)
-        if self.normalise:
-            low = redundancy.masked_fill(~view.valid, math.inf).amin(1, keepdim=True)
-            high = redundancy.masked_fill(~view.valid, -math.inf).amax(1, keepdim=True)
-            redundancy = (redundancy - low) / (high - low).clamp(min=_EPSILON)
+        if self.normalise == "sum":
+            redundancy = _to_unit(redundancy[..., None], view.valid)[..., 0]
         spatial = spatial_score(view.row, view.col, self.rates, self.penalty)
         return redundancy - limits[:, :1], spatial - limits[:, 1:]
 

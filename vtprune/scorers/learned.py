@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -75,6 +76,22 @@ class LearnedScorer(Scorer):
                 "same depth and width."
             )
         return dataclasses.replace(self, weights=weights)
+
+    def as_trained(self, trained: Mapping[str, Any]) -> Scorer:
+        """The same method with the knobs that its weights were trained with.
+
+        Raises:
+            PlanError: if one of them was set to something else.
+        """
+        default = type(self)()
+        for name, value in trained.items():
+            mine = getattr(self, name)
+            if mine not in (getattr(default, name), value):
+                raise PlanError(
+                    f"{self.name} {name} is {mine!r}, but the weights {self.weights!r} were trained with {value!r}. "
+                    "Leave it out, or train others."
+                )
+        return dataclasses.replace(self, **trained)
 
     def loaded(self, cls: type[P], device: torch.device) -> P:
         """The predictor on `device`.

@@ -47,7 +47,7 @@ class AtpConfig:
         lambda_atp: weight of the depth loss; 0.05 and 0.01 in the re-implementations.
         lambda_target: weight of the target loss, in tokens; 0.2 in both.
         temperature: of the soft masks.
-        axis, normalise, rates, penalty: knobs of `ATP`, to be used with these weights.
+        axis, normalise, rates, penalty: knobs of `ATP`; the weights bring them along.
         loop: of the training.
 
     Raises:
@@ -63,7 +63,7 @@ class AtpConfig:
     lambda_target: float = 0.2
     temperature: float = 10.0
     axis: Literal["received", "given"] = "received"
-    normalise: bool = True
+    normalise: Literal["sum", "each", "none"] = "sum"
     rates: tuple[float, ...] = ATP.rates
     penalty: float = ATP.penalty
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=1, batch_size=16, lr=1e-4))
@@ -142,7 +142,13 @@ def train_atp(
     }
     settings["data"] = [example.key for example in (*train, *held_out)]
     torch.manual_seed(config.loop.seed)
-    thresholds = Thresholds(fingerprint.to_dict(), after=list(after), width=config.width or hidden).to(model.device)
+    scores = {
+        "axis": config.axis,
+        "normalise": config.normalise,
+        "rates": list(config.rates),
+        "penalty": config.penalty,
+    }
+    thresholds = Thresholds(fingerprint.to_dict(), list(after), config.width or hidden, scores).to(model.device)
     size = config.loop.micro_batch or config.loop.batch_size
 
     with soft_pruning(model, config.method(), thresholds, config.temperature) as last:

@@ -205,7 +205,8 @@ def train_dyvte(
 
     data, other = labelled(train), labelled(held_out)
     torch.manual_seed(config.loop.seed)
-    gates = ExitGates(fingerprint.to_dict(), fingerprint.layers, fingerprint.hidden, config.width).to(model.device)
+    shape = (fingerprint.layers, fingerprint.hidden, config.width, config.read)
+    gates = ExitGates(fingerprint.to_dict(), *shape).to(model.device)
     weight = torch.tensor([config.stay_weight, 1.0], device=model.device)
 
     def loss(places: Sequence[int]) -> Tensor:

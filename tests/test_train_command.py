@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune.cli import app
+from vtprune.contract import METHODS
 from vtprune.errors import InputError, PlanError, UnknownNameError
 from vtprune.train.methods import TRAINERS, read_trainer
 
@@ -17,7 +18,9 @@ RUNNER = CliRunner()
 FEW = ["--samples", "6", "--held-out-samples", "4", "--epochs", "1", "--batch-size", "3"]
 
 
-@pytest.mark.parametrize("method", ["dyvte(width=2, layers_per_example=2)", "atp(width=2, target=0.4)"])
+@pytest.mark.parametrize(
+    "method", ["dyvte(width=2, layers_per_example=2)", "atp(width=2, target=0.4)", "relevance(channels=(2, 3))"]
+)
 def test_trains_says_how_to_use_it_and_goes_on(tmp_path: Path, method: str) -> None:
     out = tmp_path / "weights"
     command = ["train", method, "--data", "scenes", "--out", str(out), "--weights", "float16", *FEW]
@@ -35,7 +38,8 @@ def test_trains_says_how_to_use_it_and_goes_on(tmp_path: Path, method: str) -> N
     assert (out / "model.safetensors").read_bytes() == weights
     assert (out / "run" / "log.csv").read_text() == log, "a finished run was trained again"
     model, _ = vtprune.load_tiny("llava")
-    with vtprune.prune(model, f"{name}(weights='{out}')"):
+    keep = None if METHODS[name].adaptive else 0.5
+    with vtprune.prune(model, f"{name}(weights='{out}')", keep):
         pass
 
 

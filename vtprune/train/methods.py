@@ -12,6 +12,7 @@ from vtprune.specs import parse_knobs
 from vtprune.train.atp import AtpConfig, train_atp
 from vtprune.train.dyvte import DyvteConfig, train_dyvte
 from vtprune.train.loop import LoopResult
+from vtprune.train.relevance import RelevanceConfig, train_relevance
 
 __all__ = ["TRAINERS", "Trainer", "read_trainer"]
 
@@ -29,7 +30,11 @@ class Trainer:
     train: Callable[..., LoopResult]
 
 
-TRAINERS = {"atp": Trainer(AtpConfig, train_atp), "dyvte": Trainer(DyvteConfig, train_dyvte)}
+TRAINERS = {
+    "atp": Trainer(AtpConfig, train_atp),
+    "dyvte": Trainer(DyvteConfig, train_dyvte),
+    "relevance": Trainer(RelevanceConfig, train_relevance),
+}
 
 
 def _known(name: str) -> Trainer:

@@ -43,17 +43,22 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> None:
         same = [r for r in measured if all(r["config"][k] == first[k] for k in ("batch_size", "text_tokens"))]
         _cost(axes[1], same)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, max(1, len(labels))), frameon=False)
+    # three names are as wide as a panel; a figure does not grow for its legend
+    columns = min(3 * panels, max(1, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def _methods(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, list[dict[str, Any]]]]:
-    """(method, colour, marker, rows) in order of appearance."""
+def _methods(rows: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """(method, its style, its rows) in order of appearance; hollow and dotted once the colours begin again."""
     names = list(dict.fromkeys(row["method"] for row in rows))
-    return [
-        (name, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], [r for r in rows if r["method"] == name])
-        for i, name in enumerate(names)
-    ]
+    found = []
+    for index, name in enumerate(names):
+        turn, place = divmod(index, len(COLOURS))
+        style = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": ":" if turn else "-"}
+        style |= {"mfc": "white" if turn else COLOURS[place], "ms": 5.5, "linewidth": 1.8}
+        found.append((name, style, [row for row in rows if row["method"] == name]))
+    return found
 
 
 def _speed(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -61,10 +66,9 @@ def _speed(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     least = min((row["total_flop_ratio"] for row in pruned), default=0.5)
     shares = [least ** (i / 40) for i in range(41)]
     axes.plot(shares, [1 / s for s in shares], color="#222222", linestyle="--", linewidth=1.2, label="FLOP-ideal")
-    for method, colour, marker, cells in _methods(pruned):
+    for method, style, cells in _methods(pruned):
         points = sorted((row["total_flop_ratio"], 1 / row["total_ratio"]) for row in cells)
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=colour, marker=marker, ms=5.5, linewidth=1.8, label=method)
+        axes.plot(*zip(*points, strict=True), **style, label=method)
     axes.axhline(1.0, color="#999999", linewidth=0.8)
     axes.set_xlabel("prefill FLOPs, tower included, share of unpruned")
     axes.set_ylabel("speed-up of the prefill, tower included")
@@ -78,16 +82,16 @@ def _cost(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     full = sorted({row["prompt"]["visual_tokens"]: row["total_ms_full"] for row in rows}.items())
     axes.plot(*zip(*full, strict=True), color="#222222", linestyle="--", marker="o", ms=4, label="unpruned")
     pruned = [row for row in rows if not is_all(row["keep"])]
-    for method, colour, marker, cells in _methods(pruned):
+    for method, style, cells in _methods(pruned):
         # the smallest budget that every length has
         keeps = {row["keep"] for row in cells}
         shared = [k for k in keeps if len([r for r in cells if r["keep"] == k]) == len(full)]
         if not shared:
             continue
-        keep = min(shared)
+        keep = min(shared, key=lambda k: 0.0 if k is None else k)
         points = sorted((r["prompt"]["visual_tokens"], r["total_ms"]) for r in cells if r["keep"] == keep)
         label = f"{method} {keep_text(keep)}"
-        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=5.5, linewidth=1.8, label=label)
+        axes.plot(*zip(*points, strict=True), **style, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:.0f}"))

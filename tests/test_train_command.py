@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import vtprune
@@ -75,3 +80,36 @@ def test_settings_of_every_trainer_can_be_written() -> None:
         read_trainer("dyvte(ratio='x')", {})
     with pytest.raises(UnknownNameError, match="Did you mean 'dyvte'"):
         read_trainer("dyvt", {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dyvte(width=2, layers_per_example=3, label_batch=2)", "atp(width=2, target=0.4)"])
+def test_two_processes_end_like_one(tmp_path: Path, method: str) -> None:
+    """The command as `accelerate launch` starts it: labels and batches are shared out, the weights are the same."""
+    options = ["train", method, "--data", "scenes", *FEW]
+    one = RUNNER.invoke(app, [*options, "--out", str(tmp_path / "one")])
+    assert one.exit_code == 0, one.output
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "vtprune"]
+    done = subprocess.run(
+        [*launch, *options, "--out", str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("6 questions, 4 held out") == 1, "both processes talk"
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-4, rtol=1e-3)

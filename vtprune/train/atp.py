@@ -26,6 +26,7 @@ from vtprune.train.data import Example
 from vtprune.train.dyvte import answer_losses
 from vtprune.train.encoding import encode
 from vtprune.train.loop import LoopConfig, LoopResult, train_loop
+from vtprune.train.processes import save_from_main
 from vtprune.train.soft import SoftCall, soft_pruning
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def train_atp(
             result = train_loop(
                 thresholds, len(train), loss, measure, config.loop, out / "run", settings=settings, progress=progress
             )
-    thresholds.to(dtype).save_pretrained(out)
+    save_from_main(thresholds, out, dtype)
     return result
 
 

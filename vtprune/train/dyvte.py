@@ -26,6 +26,7 @@ from vtprune.scorers.dyvte import DyVTE
 from vtprune.train.data import Example
 from vtprune.train.encoding import Encoded, encode
 from vtprune.train.loop import LoopConfig, LoopResult, train_loop
+from vtprune.train.processes import save_from_main
 from vtprune.train.replay import Replay
 from vtprune.train.store import Labels, label
 
@@ -225,7 +226,7 @@ def train_dyvte(
     result = train_loop(
         gates, len(train), loss, measure, config.loop, out / "run", settings=settings, progress=progress
     )
-    gates.to(dtype).save_pretrained(out)
+    save_from_main(gates, out, dtype)
     return result
 
 

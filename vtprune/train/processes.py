@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vtprune.errors import VtpruneError
+from vtprune.predictors import Predictor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["add_gradients", "from_main", "my_slice", "new_accelerator", "same_weights"]
+__all__ = ["add_gradients", "from_main", "my_slice", "new_accelerator", "same_weights", "save_from_main"]
 
 
 def new_accelerator() -> Accelerator:
@@ -44,6 +46,14 @@ def from_main(value: Any, accelerator: Accelerator) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+def save_from_main(predictor: Predictor, out: Path, dtype: torch.dtype) -> None:
+    """Write the weights of a predictor, in `dtype`, from the main process; the others wait until they are there."""
+    accelerator = new_accelerator()
+    if accelerator.is_main_process:
+        predictor.to(dtype).save_pretrained(out)
+    accelerator.wait_for_everyone()
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from vtprune.scorers.relevance import Relevance
 from vtprune.train.data import Example
 from vtprune.train.encoding import Encoded, encode
 from vtprune.train.loop import LoopConfig, LoopResult, train_loop
-from vtprune.train.processes import new_accelerator
+from vtprune.train.processes import save_from_main
 from vtprune.train.relevance_labels import Of, relevance_labels, relevance_loss, relevance_target
 from vtprune.train.store import label
 
@@ -180,8 +180,7 @@ def train_relevance(
         settings={**labelled, "config": kept, "data": hashlib.sha256(keys.encode()).hexdigest()},
         progress=progress,
     )
-    if new_accelerator().is_main_process:
-        net.to(dtype).save_pretrained(out)
+    save_from_main(net, out, dtype)
     return result
 
 

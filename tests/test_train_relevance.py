@@ -104,7 +104,15 @@ def test_a_row_equals_the_whole_matrices_and_heads_may_change_places() -> None:
     assert not torch.allclose(relevant_row(others, gradients, row), got)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "gemma3"])
+# prompts of these see themselves in both directions
+SEE_ALL = ("paligemma", "paligemma2")
+QUICK = ("qwen2_vl", "internvl", "gemma3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES if name not in SEE_ALL],
+)
 def test_a_batch_equals_each_sample_alone(name: str) -> None:
     case = CASES[name]
     rows = (
@@ -197,6 +205,16 @@ def test_what_cannot_be_explained_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(model, "forward", lambda **kwargs: keeps_to_itself(model, **kwargs))
     with pytest.raises(UnsupportedModelError, match="handed out the attention of 3 of its 4 decoder layers"):
         relevance_labels(model, inputs, answer)
+
+
+@pytest.mark.parametrize("name", SEE_ALL)
+def test_a_model_that_sees_the_answer_at_once_is_refused(name: str) -> None:
+    case = CASES[name]
+    inputs = case.batch(FamilyRow((("image", case.sizes[0]),), 1, 9, 0))
+    answer = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    answer[:, -STEPS:] = True
+    with pytest.raises(UnsupportedModelError, match="see the answer that is forced behind the prompt before"):
+        relevance_labels(case.model(), inputs, answer)
 
 
 # target and loss

@@ -56,7 +56,7 @@ def relevance_labels(
     Raises:
         InputError: if an answer is empty or begins the sequence, `of` is not known, or the model is in train mode.
         SessionError: if the model is pruned.
-        UnsupportedModelError: if the model does not hand out the attention of its layers.
+        UnsupportedModelError: if the model does not hand out the attention of its layers, or text sees what follows it.
     """
     if of not in get_args(Of):
         raise InputError(f"of must be one of {', '.join(get_args(Of))}, got {of!r}.")
@@ -73,6 +73,7 @@ def relevance_labels(
         out = model(**inputs, use_cache=False, output_attentions=True, logits_to_keep=ids.shape[1] - first)
         layout = session.report.layout
         attentions = _checked(out.attentions, vtprune.geometry(model).layers)
+        _check_causal(attentions, inputs.get("attention_mask"), first)
         logits = out.logits.float()
         wanted = ids[:, first + 1 :].to(logits.device)
         asked = answer[:, first + 1 :].to(logits.device)
@@ -141,6 +142,23 @@ def _checked(attentions: Any, layers: int) -> Sequence[Tensor]:
             "gradients; relevance needs all of them (output_attentions=True under eager attention)."
         )
     return given
+
+
+@torch.no_grad()
+def _check_causal(attentions: Sequence[Tensor], mask: Tensor | None, first: int) -> None:
+    """Refuse if a token sees the answer before its turn: then nobody predicted anything."""
+    for weights in attentions:
+        length = weights.shape[-1]
+        row, column = torch.arange(length)[:, None], torch.arange(first + 1, length)
+        early = (row < column).to(weights.device).expand(weights.shape[0], -1, -1)
+        if mask is not None:
+            # rows of padding see nothing, which softmax makes everything
+            early = early & mask[:, :, None].bool().to(weights.device)
+        if bool((weights[..., first + 1 :] * early[:, None]).any()):
+            raise UnsupportedModelError(
+                "tokens of this model see the answer that is forced behind the prompt before it is their turn "
+                "(attention in both directions over the whole prompt), so what it depends on cannot be told."
+            )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from vtprune.contract import METHODS
 from vtprune.errors import UntrainedError
 from vtprune.predictors import Fingerprint, shipped_weights
 from vtprune.scorers.learned import LearnedScorer
+from vtprune.tiny import tiny_folder
 from vtprune.train.data import Example, read_data
 from vtprune.train.encoding import encode
 
@@ -28,7 +29,9 @@ def loaded(name: str) -> tuple[Any, Any]:
     return vtprune.load_tiny(name)
 
 
-def answered(name: str, examples: list[Example], method: str | None) -> tuple[list[bool], list[float]]:
+def answered(
+    name: str, examples: list[Example], method: str | None, keep: float | None = None
+) -> tuple[list[bool], list[float]]:
     """Which questions are answered rightly, and the tokens that each cost."""
     model, processor = loaded(name)
     inputs = encode(processor, examples, "cpu", answers=False).inputs
@@ -41,7 +44,7 @@ def answered(name: str, examples: list[Example], method: str | None) -> tuple[li
 
     if method is None:
         return ask(), []
-    with vtprune.prune(model, method) as session:
+    with vtprune.prune(model, method, keep) as session:
         return ask(), list(session.report.average_tokens)
 
 
@@ -79,3 +82,14 @@ def test_what_they_leave_is_enough_and_easy_questions_cost_less(name: str, metho
         kinds = {k: [c for c, e in zip(cost, examples, strict=True) if e.kind == k] for k in ("easy", "count")}
         easy, count = (sum(found) / len(found) for found in kinds.values())
         assert easy < 0.6 * count
+
+
+@pytest.mark.parametrize("name", [n if n == "qwen2_vl" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+@torch.no_grad()
+def test_relevance_keeps_more_answers_than_chance(name: str) -> None:
+    files = list((tiny_folder(name) / "predictors" / "relevance").iterdir())
+    assert sorted(file.name for file in files) == ["config.json", "model.safetensors"]
+    assert sum(file.stat().st_size for file in files) < 25_000
+    examples = read_data("embedded", "held-out", 40, seed=11)
+    right = {method: sum(answered(name, examples, method, 1 / 9)[0]) for method in ("relevance", "random")}
+    assert right["relevance"] >= right["random"] + 5, right

@@ -17,6 +17,7 @@ from oracle import hidden_keys, masked
 import vtprune
 from vtprune.budget import Budget
 from vtprune.errors import BudgetError, CheckpointError, InputError, PlanError, ShapeError, UntrainedError
+from vtprune.hooks.prefill import Prefill
 from vtprune.predictors import ExitGates, Fingerprint
 from vtprune.scorers.dyvte import DyVTE, exit_features
 
@@ -152,6 +153,30 @@ def test_samples_leave_when_they_like_and_know_no_batch_mates(tmp_path: Path, at
     for got, ref in zip(together.scores, want.scores, strict=True):
         finite = ref.isfinite()
         torch.testing.assert_close(got[finite], ref[finite], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@torch.no_grad()
+def test_each_gate_decides_behind_its_own_layer(tmp_path: Path, layer: int) -> None:
+    """The other gates are silent; of a gate and its opposite one says leave."""
+    model, seen = llava(), set()
+    for sign in (1.0, -1.0):
+        biases = [sign * (layer == at) for at in range(LAYERS - 1)]
+        with vtprune.prune(model, gates_for(model, tmp_path / str(sign), biases)) as session:
+            model(**batch(Row()))
+            seen.add(session.report.tokens_per_layer[0])
+    left = LAYERS - 1 - layer
+    assert seen == {(TOKENS,) * LAYERS, (TOKENS,) * (LAYERS - left) + (0,) * left}
+
+
+@torch.no_grad()
+def test_no_exit_opens_no_group_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, opened = llava(), []
+    real = Prefill._open_group
+    monkeypatch.setattr(Prefill, "_open_group", lambda *given: opened.append(given[1]) or real(*given))
+    with vtprune.prune(model, DyVTE(weights=weights("dyvte", Fingerprint.of(model)), margin=1e9)):
+        model(**batch(Row()))
+    assert opened == [0], "masks and angles were made again though nothing had left"
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from vtprune.errors import BudgetError, UntrainedError
 from vtprune.eval.cell import run_cell
 from vtprune.eval.keeps import OWN, parse_keeps
 from vtprune.eval.kinds import deciding_rows, kinds_markdown, plot_kinds
+from vtprune.eval.plot import legend_columns, plot_rows
 from vtprune.eval.report_html import write_report
 from vtprune.eval.rows import KindScore, Row, read_rows, write_rows
 from vtprune.eval.runner import Sweep
@@ -91,3 +92,17 @@ def test_a_learned_method_without_weights_is_no_failure() -> None:
     assert (row.status, row.floor) == ("not trained", None)
     assert "has no weights" in row.message
     assert "| dyvte | own | - | not trained |" in markdown([*rows(), row])
+
+
+def test_legends_stay_inside_their_figure(tmp_path: Path) -> None:
+    """Names of chains are long; nothing but white touches the sides."""
+    names = ("flowcut(text_cut=False)@1/2+gemfilter(layer=3)", "flowcut@1/3+transprune(layers=(5,6,8))", "a", "b", "c")
+    found = [rows()[0], *(pruned_row(name, "1/2", 0.5, 0.8) for name in names)]
+    plot_rows(found, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        grey = image.convert("L")
+        below = grey.crop((0, int(0.8 * grey.height), grey.width, grey.height))
+        sides = [below.crop((x, 0, x + 4, below.height)).getextrema()[0] for x in (0, below.width - 4)]
+    assert sides == [255, 255]
+    assert legend_columns(["x"] * 9, 11.2) == 9
+    assert legend_columns([], 5.0) == 1

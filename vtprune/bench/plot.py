@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtprune.bench.rows import is_all
 from vtprune.bench.table import keep_text, setting
-from vtprune.eval.plot import COLOURS, MARKERS
+from vtprune.eval.plot import COLOURS, MARKERS, legend_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,8 +43,7 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> None:
         same = [r for r in measured if all(r["config"][k] == first[k] for k in ("batch_size", "text_tokens"))]
         _cost(axes[1], same)
     handles, labels = axes[0].get_legend_handles_labels()
-    # three names are as wide as a panel; a figure does not grow for its legend
-    columns = min(3 * panels, max(1, len(labels)))
+    columns = legend_columns(labels, figure.get_figwidth())
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=150)
 

@@ -75,10 +75,12 @@ def plot_kinds(rows: Sequence[Row], path: Path) -> None:
             f"{100 * score.accuracy:.0f} % (full {100 * rows[0].tasks[task].kinds[kind].accuracy:.0f})"
             for task, kind, score in kinds
         ]
-        panel.bar_label(bars, labels=labels, padding=4, fontsize=8)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        panel.bar_label(bars, labels=labels, padding=5, fontsize=8, bbox=behind)
         total = row.visual_tokens or 0.0
-        panel.axvline(total, color="#222222", linestyle="--", linewidth=1.2)
-        panel.set_xlim(0, 1.02 * total)
+        panel.axvline(total, color="#222222", linestyle="--", linewidth=1.2, zorder=1)
+        # room for the labels behind the longest bar
+        panel.set_xlim(0, 1.35 * total)
         panel.set_xlabel(f"visual tokens a decoder layer, of {total:.0f}")
         panel.set_title(f"{row.method}: {row.average_tokens:.1f} on average")
         panel.spines[["top", "right"]].set_visible(False)

@@ -12,7 +12,7 @@ from vtprune.eval.table import task_label, tasks_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "MARKERS", "draw_task", "plot_rows"]
+__all__ = ["COLOURS", "MARKERS", "draw_task", "legend_columns", "plot_rows"]
 
 # Okabe-Ito without its yellow (too faint on white), then two that stay apart from them; told apart by marker as well.
 # Beyond them the line changes, so that no two of many methods look alike
@@ -41,9 +41,16 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
         draw_task(panel, rows, task)
     panels[0].set_ylabel("accuracy (exact match), %")
     handles, labels = panels[0].get_legend_handles_labels()
-    columns = min(len(labels), 4 * len(tasks))
+    columns = legend_columns(labels, figure.get_figwidth())
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns a legend has room for below a figure of `width` inches, which does not grow for it."""
+    # the handle with its gaps, and letters of 10 points
+    widest = 0.7 + 0.085 * max((len(label) for label in labels), default=0)
+    return max(1, min(len(labels), int(width / widest)))
 
 
 def draw_task(axes: Axes, rows: Sequence[Row], task: str) -> None:

@@ -23,6 +23,7 @@ _ONE_BACKEND = ("test_embedded", "test_families", "test_family_towers", "test_to
 # what asks layers is tried on families that differ in their layers, and on the others with `-m slow`
 _ASKING = ("_asked_", "-gemfilter]", "-transprune]")
 _ANY = ("test_equals_masked_oracle[", "test_knows_no_batch_mates[")
+_LEARNED = ("-atp]", "-relevance]")
 _DIFFER = ("[llava-", "[llava]", "[qwen2_vl", "[qwen3_vl", "[gemma3", "[idefics2")
 
 
@@ -32,6 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         twice = item.path.stem in _ONE_BACKEND and "eager" in item.name
         asks = item.path.stem == "test_families" and any(word in item.name for word in _ASKING)
         asks = asks or (item.path.stem == "test_any_token" and item.name.startswith(_ANY))
+        # learned methods cut by the same engine: on one model and backend by default
+        learned = item.path.stem in ("test_embedded", "test_invariants") and item.name.endswith(_LEARNED)
+        twice = twice or (learned and ("eager" in item.name or "qwen2_vl" in item.name or "internvl" in item.name))
         compiles = "compiled_decode" in item.name and "[llava]" not in item.name
         if twice or compiles or (asks and not any(name in item.name for name in _DIFFER)):
             item.add_marker(pytest.mark.slow)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from rival_fakes import FILES, KVPRESS, VERSIONS
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtprune.bench import measured
@@ -94,7 +95,11 @@ def test_a_library_that_works_is_timed_in_turn_with_the_unpruned_model(
     ("name", "preset"), [("kvpress", "mini"), ("sparsevlm", "mini-qwen2.5"), ("angelslim", "mini")]
 )
 def test_model_and_process_are_left_as_they_were(
-    name: str, preset: str, install: Install, capsys: pytest.CaptureFixture[str]
+    name: str,
+    preset: str,
+    install: Install,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     install(name)
     model = build_random(preset)
@@ -105,9 +110,12 @@ def test_model_and_process_are_left_as_they_were(
         level = logging.getLogger("kvpress").level
         return hooks, level, dict(ALL_ATTENTION_FUNCTIONS.items()), model.config._attn_implementation
 
-    before = state()
+    before, shared = state(), AttentionInterface._global_mapping["sdpa"]
     assert rival_rows(RIVALS[name], model, inputs, (0.5,), 1, 1)[0]["possible"] is True
     assert state() == before
+    # what somebody registers later is seen
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", print)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is print is not shared
     assert capsys.readouterr().out == ""
 
 

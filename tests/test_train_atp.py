@@ -119,6 +119,7 @@ def small(**changes: Any) -> AtpConfig:
     return AtpConfig(**{"width": 4, "target": 0.3, "loop": loop, **changes})
 
 
+@pytest.mark.slow
 def test_training_from_scratch_comes_nearer_to_the_target(tmp_path: Path) -> None:
     model, processor = tiny()
     train, held_out = read_data("embedded", "train", 24), read_data("embedded", "held-out", 8)

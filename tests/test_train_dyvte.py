@@ -140,6 +140,7 @@ def small(**changes: Any) -> DyvteConfig:
     return DyvteConfig(**{"width": 4, "layers_per_example": None, "slack": 0.02, "loop": loop, **changes})
 
 
+@pytest.mark.slow
 def test_training_from_scratch_beats_an_untrained_gate(tmp_path: Path) -> None:
     model, processor = tiny()
     train, held_out = read_data("embedded", "train", 48), read_data("embedded", "held-out", 32)

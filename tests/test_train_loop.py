@@ -215,6 +215,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_two_processes_end_like_one(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, tmp_path]
     done = subprocess.run([str(part) for part in launch], env=_environment(), check=False, capture_output=True)

@@ -29,7 +29,11 @@ def _import() -> ModuleType:
         return importlib.import_module("kvpress")
     finally:
         for name, function in before.items():
-            ALL_ATTENTION_FUNCTIONS[name] = function
+            if ALL_ATTENTION_FUNCTIONS[name] is not function:
+                # an entry of this table hides the one that is shared by the library, which then shows again
+                del ALL_ATTENTION_FUNCTIONS[name]
+            if ALL_ATTENTION_FUNCTIONS.get(name) is not function:
+                ALL_ATTENTION_FUNCTIONS[name] = function
 
 
 def _refuses(model: Any, inputs: Inputs) -> str | None:

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import CASES
+from family_models import Row as FamilyRow
 from models import LAYERS, Row, batch, llava
 from oracle import hidden_keys, masked
 from torch.nn import functional
 
 import vtprune
-from vtprune.errors import InputError
+from vtprune.errors import InputError, UnsupportedModelError
 from vtprune.predictors import ExitGates, Fingerprint, load_predictor
 from vtprune.scorers.dyvte import DyVTE
+from vtprune.train.causal import require_causal
 from vtprune.train.data import read_data
 from vtprune.train.dyvte import (
     DyvteConfig,
@@ -85,6 +88,20 @@ def test_labels_ask_for_the_same_words_and_a_loss_that_is_not_much_larger() -> N
     assert exit_labels(outcomes, DyvteConfig(slack=0.05)).tolist() == [[True, True, False, True, False]]
     assert exit_labels(outcomes, DyvteConfig(ratio=1.0)).tolist() == [[False, False, False, True, False]]
     assert exit_labels(outcomes, DyvteConfig(agree=0.4)).tolist() == [[True, False, True, True, True]]
+
+
+@torch.no_grad()
+def test_a_model_whose_prompt_sees_the_answer_is_refused() -> None:
+    for name in ("llava", "qwen2_vl", "paligemma"):
+        case = CASES[name]
+        inputs = case.batch(FamilyRow((("image", case.sizes[0]),), 3, 5, 0))
+        width = inputs["input_ids"].shape[1]
+        data = Encoded(inputs, (torch.arange(width) >= width - 2)[None])
+        if name != "paligemma":
+            require_causal(case.model(), data)
+            continue
+        with pytest.raises(UnsupportedModelError, match="see the answer that is forced behind the prompt"):
+            require_causal(case.model(), data)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ language model; its variant with a frozen one is what this trains.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from vtprune.budget import scale_depth
 from vtprune.errors import InputError
 from vtprune.predictors import Fingerprint, Thresholds
 from vtprune.scorers.atp import ATP
+from vtprune.train.causal import require_causal
 from vtprune.train.data import Example
 from vtprune.train.dyvte import answer_losses
 from vtprune.train.encoding import encode
@@ -131,9 +132,14 @@ def train_atp(
         progress: told of the steps.
         dtype: of the weights that are written.
 
+    Raises:
+        UnsupportedModelError: if the model's prompt sees the answer behind it, or its attention takes no masks of
+            numbers.
+
     Returns:
         how it went; of the held-out figures `held_out_answer` is L_ntp in nats, `held_out_tokens` the share kept.
     """
+    require_causal(model, encode(processor, train[:1], model.device, answers=True))
     fingerprint = Fingerprint.of(model)
     depth, hidden = fingerprint.layers, fingerprint.hidden
     after = config.after or tuple(k - 1 for k in scale_depth((5, 15, 25), 32, depth))
@@ -163,12 +169,7 @@ def train_atp(
             return parts([train[place] for place in places])["loss"]
 
         def measure() -> dict[str, float]:
-            sums: dict[str, float] = {}
-            for start in range(0, len(held_out), size):
-                some = held_out[start : start + size]
-                for name, value in parts(some).items():
-                    sums[name] = sums.get(name, 0.0) + value.item() * len(some)
-            return {name: value / len(held_out) for name, value in sums.items()}
+            return _mean(parts, held_out, size)
 
         with frozen(model):
             result = train_loop(
@@ -176,6 +177,18 @@ def train_atp(
             )
     save_from_main(thresholds, out, dtype)
     return result
+
+
+def _mean(
+    parts: Callable[[Sequence[Example]], dict[str, Tensor]], examples: Sequence[Example], size: int
+) -> dict[str, float]:
+    """Means over all examples, `size` at a time."""
+    sums: dict[str, float] = {}
+    for start in range(0, len(examples), size):
+        some = examples[start : start + size]
+        for name, value in parts(some).items():
+            sums[name] = sums.get(name, 0.0) + value.item() * len(some)
+    return {name: value / len(examples) for name, value in sums.items()}
 
 
 def _losses(answer: Tensor, call: SoftCall, after: Sequence[int], depth: int, config: AtpConfig) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ each gate the same data.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from vtprune.contract import TokenView
 from vtprune.errors import InputError
 from vtprune.predictors import ExitGates, Fingerprint
 from vtprune.scorers.dyvte import DyVTE
+from vtprune.train.causal import require_causal
 from vtprune.train.data import Example
 from vtprune.train.encoding import Encoded, encode
 from vtprune.train.loop import LoopConfig, LoopResult, train_loop
@@ -179,9 +180,13 @@ def train_dyvte(
         progress: told of the steps.
         dtype: of the weights that are written.
 
+    Raises:
+        UnsupportedModelError: if the model's prompt sees the answer behind it.
+
     Returns:
         how the fit went; `held_out_loss` is the gates' cross-entropy, `held_out_accuracy` the share of labels they hit.
     """
+    require_causal(model, encode(processor, train[:1], model.device, answers=True))
     fingerprint = Fingerprint.of(model)
     depth = fingerprint.layers - 1
     number = min(depth, config.layers_per_example or depth)
@@ -189,17 +194,8 @@ def train_dyvte(
     # what labels are made of depends on no threshold, so trying other ones costs a fit
     asked = {"model": settings["model"], "read": config.read, "layers": number, "seed": config.loop.seed}
 
-    def make(examples: list[Example]) -> dict[str, Tensor]:
-        layers = sorted(random.Random(f"{config.loop.seed}/{examples[0].key}").sample(range(depth), number))
-        features = gate_features(model, encode(processor, examples, model.device, answers=False), config.read)
-        batch = encode(processor, examples, model.device, answers=True)
-        return {
-            "features": features[:, layers].cpu(),
-            "layers": torch.tensor(layers).expand(len(examples), -1).clone(),
-            **{name: value.cpu() for name, value in exit_outcomes(model, batch, layers).items()},
-        }
-
     def labelled(examples: Sequence[Example]) -> Labels:
+        make = _labeller(model, processor, config, number)
         found = label(examples, config.label_batch, make, out / "run" / "labels", settings=asked, progress=progress)
         outcomes: Any = found
         return {**found, "leave": exit_labels(outcomes, config).long()}
@@ -228,6 +224,25 @@ def train_dyvte(
     )
     save_from_main(gates, out, dtype)
     return result
+
+
+def _labeller(
+    model: Any, processor: Any, config: DyvteConfig, number: int
+) -> Callable[[list[Example]], dict[str, Tensor]]:
+    """What the gates read of a batch, and what becomes of its answers, for `number` layers drawn for it."""
+    depth = Fingerprint.of(model).layers - 1
+
+    def make(examples: list[Example]) -> dict[str, Tensor]:
+        layers = sorted(random.Random(f"{config.loop.seed}/{examples[0].key}").sample(range(depth), number))
+        features = gate_features(model, encode(processor, examples, model.device, answers=False), config.read)
+        batch = encode(processor, examples, model.device, answers=True)
+        return {
+            "features": features[:, layers].cpu(),
+            "layers": torch.tensor(layers).expand(len(examples), -1).clone(),
+            **{name: value.cpu() for name, value in exit_outcomes(model, batch, layers).items()},
+        }
+
+    return make
 
 
 def _asked(gates: ExitGates, data: Labels, places: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vtprune.eval.keeps import OWN
 from vtprune.eval.plot import COLOURS
 from vtprune.eval.rows import KindScore, Row
 from vtprune.eval.table import task_label, tasks_of
@@ -15,7 +14,7 @@ __all__ = ["deciding_rows", "kinds_markdown", "plot_kinds"]
 
 def deciding_rows(rows: Sequence[Row]) -> list[Row]:
     """The rows of methods that decided by themselves, on tasks that know kinds of question."""
-    own = (row for row in rows if row.keep_value is None and row.keep == OWN.text and row.status == "ok")
+    own = (row for row in rows if row.keep_value is None and row.status == "ok")
     return [row for row in own if _kinds(row)]
 
 

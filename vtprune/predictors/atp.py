@@ -38,7 +38,8 @@ class Thresholds(Predictor):
     ) -> None:
         super().__init__(fingerprint)
         self.after = tuple(after)
-        self.scores = {name: tuple(v) if isinstance(v, list) else v for name, v in (scores or {}).items()}
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in (scores or {}).items()}
+        self.knobs = {"after": self.after, **given}
         if not self.after or width < 1 or any(a >= b for a, b in zip(self.after, self.after[1:], strict=False)):
             raise ShapeError(f"thresholds need increasing layers and width >= 1, got {self.after} and {width}.")
         self.inner = nn.ModuleList(nn.Linear(2, width) for _ in self.after)

@@ -45,6 +45,7 @@ class Predictor(
     Attributes:
         kind: the method that uses it.
         fingerprint: the model that it was trained for.
+        knobs: of the method, which it was trained with and means nothing without.
     """
 
     kind: ClassVar[str] = ""
@@ -52,6 +53,7 @@ class Predictor(
     def __init__(self, fingerprint: Mapping[str, Any]) -> None:
         super().__init__()
         self.fingerprint = Fingerprint.from_dict(fingerprint)
+        self.knobs: dict[str, Any] = {}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         arguments: Any = self._hub_mixin_config or {}

@@ -38,7 +38,7 @@ class ExitGates(Predictor):
         read: Literal["behind", "all"] = "behind",
     ) -> None:
         super().__init__(fingerprint)
-        self.read: Literal["behind", "all"] = read
+        self.knobs = {"read": read}
         if min(layers - 1, hidden, width) < 1:
             raise ShapeError(f"gates need layers >= 2, hidden and width >= 1, got {layers}, {hidden} and {width}.")
         self.down = nn.ModuleList(nn.Linear(2 * hidden, width, bias=False) for _ in range(layers - 1))

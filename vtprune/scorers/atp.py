@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from vtprune.budget import Budget, Geometry, scale_depth, solve
-from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
+from vtprune.contract import METHODS, AttentionView, Memory, Queries, TokenView
 from vtprune.errors import PlanError
 from vtprune.plan import Plan, Site, Stage
-from vtprune.predictors import Thresholds, load_predictor
+from vtprune.predictors import Thresholds
 from vtprune.scorers.instruction import instruction_attention
 from vtprune.scorers.learned import LearnedScorer
 
-__all__ = ["ATP", "self_attention", "spatial_score"]
+__all__ = ["ATP", "module_layers", "self_attention", "spatial_score"]
 
 _EPSILON = 1e-8
 
@@ -67,6 +67,11 @@ def spatial_score(row: Tensor, col: Tensor, rates: tuple[float, ...], penalty: f
         there = (row % stride == 0) & (col % stride == 0)
         score = torch.where(there, score.clamp(min=1.0 - rate * penalty), score)
     return score
+
+
+def module_layers(depth: int) -> tuple[int, ...]:
+    """Layers 4, 14 and 24 of 32, behind which the modules sit, moved to a decoder of `depth` layers."""
+    return tuple(k - 1 for k in scale_depth((5, 15, 25), 32, depth))
 
 
 def _to_unit(scores: Tensor, valid: Tensor) -> Tensor:
@@ -142,17 +147,10 @@ class ATP(LearnedScorer):
         if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or penalty < 0:
             raise PlanError(f"atp penalty must be a number >= 0, got {penalty!r}.")
 
-    def bind(self, model: Any) -> Scorer:
-        """See `LearnedScorer.bind`; layers and scores are those that the weights were trained with.
-
-        Raises:
-            PlanError: if a knob says otherwise.
-        """
-        bound = super().bind(model)
-        if not isinstance(bound, ATP) or bound.weights is None:
-            return bound
-        thresholds = load_predictor(Thresholds, bound.weights)
-        return bound.as_trained({"after": thresholds.after, **thresholds.scores})
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The knobs that say what the scores are."""
+        return {name: getattr(self, name) for name in ("axis", "normalise", "rates", "penalty")}
 
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
         """Remember both scores of the layer that has just run, `self` and `cross` [B, V]."""
@@ -192,9 +190,7 @@ class ATP(LearnedScorer):
             BudgetError: if a budget is given that lies below the floor that the layers set.
             PlanError: if a layer is not one after which something can be saved.
         """
-        after = self.after
-        if after is None:
-            after = tuple(k - 1 for k in scale_depth((5, 15, 25), 32, geometry.layers))
+        after = self.after or module_layers(geometry.layers)
         if after[-1] > geometry.layers - 2:
             raise PlanError(
                 f"atp after must lie in [0, {geometry.layers - 2}] ({geometry.layers} decoder layers), got {after}."

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vtprune.budget import Budget, Geometry
-from vtprune.contract import METHODS, Scorer, TokenView
+from vtprune.contract import METHODS, TokenView
 from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan, Site, Stage
-from vtprune.predictors import ExitGates, load_predictor
+from vtprune.predictors import ExitGates
 from vtprune.scorers.learned import LearnedScorer
 
 __all__ = ["DyVTE", "exit_features"]
@@ -89,13 +89,6 @@ class DyVTE(LearnedScorer):
     def needs_weights(self) -> bool:
         """See `LearnedScorer`."""
         return self.exit_layer is None
-
-    def bind(self, model: Any) -> Scorer:
-        """See `LearnedScorer.bind`; the gates read what they were trained to read."""
-        bound = super().bind(model)
-        if not self.needs_weights or not isinstance(bound, DyVTE) or bound.weights is None:
-            return bound
-        return bound.as_trained({"read": load_predictor(ExitGates, bound.weights).read})
 
     def plan(self, geometry: Geometry, budget: Budget) -> Plan:
         """A stage behind each layer from `first` on but the last; each drops all or nothing.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -49,11 +48,12 @@ class LearnedScorer(Scorer):
         return True
 
     def bind(self, model: Any) -> Scorer:
-        """The same method with its weights named, found to be of this model.
+        """The same method with its weights named, found to be of this model, and the knobs that they were trained with.
 
         Raises:
             UntrainedError: if none were named and none ship for this model.
             CheckpointError: if they cannot be read, or were trained for another model.
+            PlanError: if a knob was set to something else than they were trained with.
         """
         if not self.needs_weights:
             return self
@@ -65,7 +65,8 @@ class LearnedScorer(Scorer):
                 f"`vtprune train {self.name} --model MODEL --data FILE.jsonl --out DIR`, and name them: "
                 f"\"{self.name}(weights='DIR')\"."
             )
-        theirs = load_predictor(self.predictor, weights).fingerprint
+        predictor = load_predictor(self.predictor, weights)
+        theirs = predictor.fingerprint
         wrong = theirs.differences(mine)
         if not self.check:
             wrong = [f"{n} of {getattr(theirs, n)}" for n in ("layers", "hidden") if vars(theirs)[n] != vars(mine)[n]]
@@ -75,23 +76,15 @@ class LearnedScorer(Scorer):
                 f"differ in {'; '.join(wrong)}. Train your own, or pass check=False to use them on a model of the "
                 "same depth and width."
             )
-        return dataclasses.replace(self, weights=weights)
-
-    def as_trained(self, trained: Mapping[str, Any]) -> Scorer:
-        """The same method with the knobs that its weights were trained with.
-
-        Raises:
-            PlanError: if one of them was set to something else.
-        """
         default = type(self)()
-        for name, value in trained.items():
+        for name, value in predictor.knobs.items():
             mine = getattr(self, name)
             if mine not in (getattr(default, name), value):
                 raise PlanError(
-                    f"{self.name} {name} is {mine!r}, but the weights {self.weights!r} were trained with {value!r}. "
+                    f"{self.name} {name} is {mine!r}, but the weights {weights!r} were trained with {value!r}. "
                     "Leave it out, or train others."
                 )
-        return dataclasses.replace(self, **trained)
+        return dataclasses.replace(self, weights=weights, **predictor.knobs)
 
     def loaded(self, cls: type[P], device: torch.device) -> P:
         """The predictor on `device`.

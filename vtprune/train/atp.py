@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from vtprune.budget import scale_depth
 from vtprune.errors import InputError
 from vtprune.predictors import Fingerprint, Thresholds
-from vtprune.scorers.atp import ATP
+from vtprune.scorers.atp import ATP, module_layers
 from vtprune.train.causal import require_causal
 from vtprune.train.data import Example
 from vtprune.train.dyvte import answer_losses
 from vtprune.train.encoding import encode
-from vtprune.train.loop import LoopConfig, LoopResult, train_loop
+from vtprune.train.loop import LoopConfig, LoopResult, own_seed, settings_of, train_loop
 from vtprune.train.processes import save_from_main
 from vtprune.train.soft import SoftCall, soft_pruning
 
@@ -142,23 +141,16 @@ def train_atp(
     require_causal(model, encode(processor, train[:1], model.device, answers=True))
     fingerprint = Fingerprint.of(model)
     depth, hidden = fingerprint.layers, fingerprint.hidden
-    after = config.after or tuple(k - 1 for k in scale_depth((5, 15, 25), 32, depth))
-    settings: dict[str, Any] = {
-        "model": fingerprint.to_dict(),
-        "config": {k: v for k, v in asdict(config).items() if k != "loop"},
-    }
+    after = config.after or module_layers(depth)
+    settings: dict[str, Any] = {"model": fingerprint.to_dict(), "config": settings_of(config)}
     settings["data"] = [example.key for example in (*train, *held_out)]
-    torch.manual_seed(config.loop.seed)
-    scores = {
-        "axis": config.axis,
-        "normalise": config.normalise,
-        "rates": list(config.rates),
-        "penalty": config.penalty,
-    }
-    thresholds = Thresholds(fingerprint.to_dict(), list(after), config.width or hidden, scores).to(model.device)
+    method = config.method()
+    with own_seed(config.loop.seed):
+        thresholds = Thresholds(fingerprint.to_dict(), list(after), config.width or hidden, method.scores)
+    thresholds.to(model.device)
     size = config.loop.micro_batch or config.loop.batch_size
 
-    with soft_pruning(model, config.method(), thresholds, config.temperature) as last:
+    with soft_pruning(model, method, thresholds, config.temperature) as last:
 
         def parts(examples: Sequence[Example]) -> dict[str, Tensor]:
             batch = encode(processor, examples, model.device, answers=True)

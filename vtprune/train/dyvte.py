@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,7 @@ from vtprune.scorers.dyvte import DyVTE
 from vtprune.train.causal import require_causal
 from vtprune.train.data import Example
 from vtprune.train.encoding import Encoded, encode
-from vtprune.train.loop import LoopConfig, LoopResult, train_loop
+from vtprune.train.loop import LoopConfig, LoopResult, own_seed, settings_of, train_loop
 from vtprune.train.processes import save_from_main
 from vtprune.train.replay import Replay
 from vtprune.train.store import Labels, label
@@ -190,20 +190,21 @@ def train_dyvte(
     fingerprint = Fingerprint.of(model)
     depth = fingerprint.layers - 1
     number = min(depth, config.layers_per_example or depth)
-    settings = {"model": fingerprint.to_dict(), "config": {k: v for k, v in asdict(config).items() if k != "loop"}}
+    settings = {"model": fingerprint.to_dict(), "config": settings_of(config)}
     # what labels are made of depends on no threshold, so trying other ones costs a fit
     asked = {"model": settings["model"], "read": config.read, "layers": number, "seed": config.loop.seed}
 
     def labelled(examples: Sequence[Example]) -> Labels:
-        make = _labeller(model, processor, config, number)
+        make = _labeller(model, processor, config, depth, number)
         found = label(examples, config.label_batch, make, out / "run" / "labels", settings=asked, progress=progress)
         outcomes: Any = found
         return {**found, "leave": exit_labels(outcomes, config).long()}
 
     data, other = labelled(train), labelled(held_out)
-    torch.manual_seed(config.loop.seed)
     shape = (fingerprint.layers, fingerprint.hidden, config.width, config.read)
-    gates = ExitGates(fingerprint.to_dict(), *shape).to(model.device)
+    with own_seed(config.loop.seed):
+        gates = ExitGates(fingerprint.to_dict(), *shape)
+    gates.to(model.device)
     weight = torch.tensor([config.stay_weight, 1.0], device=model.device)
 
     def loss(places: Sequence[int]) -> Tensor:
@@ -227,10 +228,9 @@ def train_dyvte(
 
 
 def _labeller(
-    model: Any, processor: Any, config: DyvteConfig, number: int
+    model: Any, processor: Any, config: DyvteConfig, depth: int, number: int
 ) -> Callable[[list[Example]], dict[str, Tensor]]:
-    """What the gates read of a batch, and what becomes of its answers, for `number` layers drawn for it."""
-    depth = Fingerprint.of(model).layers - 1
+    """What the gates read of a batch, and what becomes of its answers, for `number` of `depth` layers drawn for it."""
 
     def make(examples: list[Example]) -> dict[str, Tensor]:
         layers = sorted(random.Random(f"{config.loop.seed}/{examples[0].key}").sample(range(depth), number))

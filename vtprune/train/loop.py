@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vtprune.progress import Progress
 
-__all__ = ["LoopConfig", "LoopResult", "train_loop"]
+__all__ = ["LoopConfig", "LoopResult", "own_seed", "settings_of", "train_loop"]
 
 # where and how often a run notes how it is doing does not change what comes out
 _NOT_SETTINGS = ("micro_batch", "save_every", "log_every")
@@ -91,6 +91,19 @@ def train_loop(
         )
     run = _Run(module, train_size, loss, held_out, config, Path(folder), accelerator or new_accelerator(), progress)
     return run.train(dict(settings or {}))
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A trainer's settings but those of the loop, which `train_loop` knows itself; for its `settings`."""
+    return {name: value for name, value in asdict(config).items() if name != "loop"}
+
+
+@contextmanager
+def own_seed(seed: int) -> Iterator[None]:
+    """What is drawn inside on the CPU comes from `seed`, and the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 class _Run:

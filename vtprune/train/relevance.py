@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,7 +20,7 @@ from vtprune.predictors import Fingerprint, RelevanceNet
 from vtprune.scorers.relevance import Relevance
 from vtprune.train.data import Example
 from vtprune.train.encoding import Encoded, encode
-from vtprune.train.loop import LoopConfig, LoopResult, train_loop
+from vtprune.train.loop import LoopConfig, LoopResult, own_seed, settings_of, train_loop
 from vtprune.train.processes import save_from_main
 from vtprune.train.relevance_labels import Of, relevance_labels, relevance_loss, relevance_target
 from vtprune.train.store import label
@@ -165,11 +165,11 @@ def train_relevance(
         _samples(model, processor, part, out / "run" / "labels", labelled, config, progress)
         for part in (train, held_out)
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.loop.seed)
-        net = RelevanceNet(fingerprint, config.channels, config.kernel).to(model.device)
+    with own_seed(config.loop.seed):
+        net = RelevanceNet(fingerprint, config.channels, config.kernel)
+    net.to(model.device)
     keys = json.dumps([[example.key for example in part] for part in (train, held_out)])
-    kept = {name: value for name, value in asdict(config).items() if name not in ("loop", "label_batch")}
+    kept = {name: value for name, value in settings_of(config).items() if name != "label_batch"}
     result = train_loop(
         net,
         len(fit.target),

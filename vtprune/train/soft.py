@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,10 +60,6 @@ class _Watch(ATP):
         """See `LearnedScorer`."""
         return False
 
-    def bind(self, model: Any) -> _Watch:
-        """As it is."""
-        return self
-
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
         """See `ATP`; the columns of the visual tokens are noted."""
         self.call["column"] = view.column
@@ -110,8 +105,7 @@ def soft_pruning(
             "Load it with attn_implementation='sdpa'."
         )
     call: dict[str, Any] = {}
-    knobs = {name: getattr(method, name) for name in ("axis", "normalise", "rates", "penalty")}
-    watch = _Watch(after=thresholds.after, call=call, **knobs)
+    watch = _Watch(after=thresholds.after, call=call, **method.scores)
     last: list[SoftCall] = [SoftCall()]
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -168,6 +162,6 @@ def _with(mask: Tensor | None, bias: Tensor, args: tuple[Any, ...], kwargs: dict
         length = hidden.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()[None, None]
     if mask.dtype == torch.bool:
-        lowest = torch.finfo(hidden.dtype).min if math.isfinite(torch.finfo(hidden.dtype).min) else -math.inf
+        lowest = torch.finfo(hidden.dtype).min
         mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, lowest)
     return mask + bias[:, None, None, :].to(hidden.dtype)

@@ -12,7 +12,7 @@ from family_models import CASES
 from family_models import Row as FamilyRow
 from learned import ready, weights
 from models import LAYERS, TOKENS, Row, batch, llava
-from oracle import hidden_keys, masked
+from oracle import hidden_keys, masked, same_scores
 
 import vtprune
 from vtprune.budget import Budget
@@ -111,9 +111,7 @@ def test_forced_exit_equals_the_masked_oracle(layer: int) -> None:
     with masked(model, hidden_keys(report, inputs["input_ids"], LAYERS)):
         want = model.generate(**inputs, **GREEDY)
     assert torch.equal(out.sequences, want.sequences)
-    for got, ref in zip(out.scores, want.scores, strict=True):
-        finite = ref.isfinite()
-        torch.testing.assert_close(got[finite], ref[finite], atol=1e-5, rtol=1e-5)
+    same_scores(out, want)
     with masked(model, [h.repeat_interleave(3, 0) for h in hidden_keys(report, inputs["input_ids"], LAYERS)]):
         assert torch.equal(beams, model.generate(**inputs, num_beams=3, max_new_tokens=6, do_sample=False))
 
@@ -150,9 +148,7 @@ def test_samples_leave_when_they_like_and_know_no_batch_mates(tmp_path: Path, at
     with masked(model, hidden_keys(report, inputs["input_ids"], LAYERS)):
         want = model.generate(**inputs, **GREEDY)
     assert torch.equal(together.sequences, want.sequences)
-    for got, ref in zip(together.scores, want.scores, strict=True):
-        finite = ref.isfinite()
-        torch.testing.assert_close(got[finite], ref[finite], atol=1e-5, rtol=1e-5)
+    same_scores(together, want)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

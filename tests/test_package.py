@@ -35,6 +35,7 @@ _TOP = (
     "images",
     "videos",
     "jsonl",
+    "processes",
     "progress",
     "prompt",
 )

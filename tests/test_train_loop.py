@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from two_processes import CONFIG, HELD_OUT, SAMPLES, TARGETS, Toy, examples, make, run
 
 from vtprune.errors import InputError, VtpruneError
+from vtprune.processes import new_accelerator
 from vtprune.train.files import DamagedFileError, read_tensors, write_tensors
 from vtprune.train.log import LOG_FILE
 from vtprune.train.loop import LoopConfig, train_loop
-from vtprune.train.processes import my_slice, new_accelerator
+from vtprune.train.processes import my_slice
 from vtprune.train.state import STATE_FILE
 from vtprune.train.store import label
 
@@ -425,8 +426,8 @@ def test_learning_rates_rise_and_fall(warmup: float) -> None:
 
 def test_accelerate_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(VtpruneError, match=r"training needs accelerate.*pip install 'vtprune\[train\]'"):
-        new_accelerator()
+    with pytest.raises(VtpruneError, match=r"this needs accelerate.*pip install 'vtprune\[train\]'"):
+        new_accelerator("train")
 
 
 def test_files_hold_what_was_written(tmp_path: Path) -> None:

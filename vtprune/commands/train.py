@@ -52,17 +52,17 @@ def train_command(
     import torch
 
     from vtprune.loading import load_model
+    from vtprune.processes import new_accelerator
     from vtprune.progress import RichProgress
     from vtprune.train.data import read_data
     from vtprune.train.methods import read_trainer
-    from vtprune.train.processes import new_accelerator
 
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "patience": patience, "save_every": save_every}
     loop = {name: value for name, value in given.items() if value is not None}
     name, trainer, config = read_trainer(method, {**loop, "seed": seed})
     train = read_data(data, "train", samples, seed, held_out=held_out)
     other = read_data(data, "held-out", held_out_samples, seed, held_out=held_out)
-    process = new_accelerator()
+    process = new_accelerator("train")
     where = device or (str(process.device) if process.device.type == "cuda" else None)
     loaded, processor = load_model(model, device=where, dtype=dtype)
     if processor is None:

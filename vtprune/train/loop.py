@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.errors import InputError, VtpruneError
+from vtprune.processes import from_main, new_accelerator
 from vtprune.train.config import LoopConfig
 from vtprune.train.log import RunLog
-from vtprune.train.processes import add_gradients, from_main, my_slice, new_accelerator, same_weights
+from vtprune.train.processes import add_gradients, my_slice, same_weights
 from vtprune.train.state import RunState, load_state, save_state
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ def train_loop(
         raise InputError(
             f"{type(module).__name__} has no parameter that requires gradients, so nothing can be trained."
         )
-    run = _Run(module, train_size, loss, held_out, config, Path(folder), accelerator or new_accelerator(), progress)
+    run = _Run(
+        module, train_size, loss, held_out, config, Path(folder), accelerator or new_accelerator("train"), progress
+    )
     return run.train(dict(settings or {}))
 
 

@@ -9,26 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.errors import VtpruneError
 from vtprune.predictors import Predictor
+from vtprune.processes import new_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["add_gradients", "from_main", "my_slice", "new_accelerator", "same_weights", "save_from_main"]
-
-
-def new_accelerator() -> Accelerator:
-    """`accelerate.Accelerator()`: of the processes that `accelerate launch` started, or of this one alone.
-
-    Raises:
-        VtpruneError: if accelerate is not installed.
-    """
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise VtpruneError(f"training needs accelerate ({error}). Run: pip install 'vtprune[train]'") from error
-    return Accelerator()
+__all__ = ["add_gradients", "my_slice", "same_weights", "save_from_main"]
 
 
 def my_slice(items: Sequence[int], accelerator: Accelerator) -> Sequence[int]:
@@ -39,18 +26,9 @@ def my_slice(items: Sequence[int], accelerator: Accelerator) -> Sequence[int]:
     return items[start : start + size + (rank < rest)]
 
 
-def from_main(value: Any, accelerator: Accelerator) -> Any:
-    """The main process's value of a small Python object, on every process."""
-    if accelerator.num_processes == 1:
-        return value
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
-
-
 def save_from_main(predictor: Predictor, out: Path, dtype: torch.dtype) -> None:
     """Write the weights of a predictor, in `dtype`, from the main process; the others wait until they are there."""
-    accelerator = new_accelerator()
+    accelerator = new_accelerator("train")
     if accelerator.is_main_process:
         predictor.to(dtype).save_pretrained(out)
     accelerator.wait_for_everyone()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import InputError
+from vtprune.processes import new_accelerator
 from vtprune.train.files import DamagedFileError, read_tensors, write_tensors
-from vtprune.train.processes import new_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,7 +67,7 @@ def label(
     if len(set(keys)) < len(keys):
         twice = next(key for place, key in enumerate(keys) if key in keys[:place])
         raise InputError(f"every example needs a key of its own; {twice!r} occurs twice.")
-    accelerator = accelerator or new_accelerator()
+    accelerator = accelerator or new_accelerator("train")
     batches = [list(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
     paths = [_path(Path(folder), index, batch, settings or {}) for index, batch in enumerate(batches)]
     mine = range(accelerator.process_index, len(batches), accelerator.num_processes)

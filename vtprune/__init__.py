@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vtprune.layout import Layout
     from vtprune.plan import Plan, Site, Stage
     from vtprune.report import Report
+    from vtprune.scorers.replay import replay
     from vtprune.tiny import load_tiny
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "load_tiny",
     "methods",
     "prune",
+    "replay",
     "verify",
 ]
 
@@ -75,6 +77,7 @@ _HOMES = {
     "geometry": "vtprune.hooks",
     "load_tiny": "vtprune.tiny",
     "prune": "vtprune.hooks",
+    "replay": "vtprune.scorers.replay",
     "verify": "vtprune.hooks.verify",
 }
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from vtprune.errors import VtpruneError
+from vtprune.errors import BudgetError, VtpruneError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["from_every", "from_main", "new_accelerator"]
+__all__ = ["from_every", "from_main", "new_accelerator", "together"]
 
 
 def new_accelerator(extra: str) -> Accelerator:
@@ -44,3 +46,35 @@ def from_every(value: Any, accelerator: Accelerator) -> list[Any]:
     from accelerate.utils import gather_object
 
     return gather_object([value])
+
+
+class together:
+    """A block that fails on all processes as soon as it fails on one, so that nobody waits for the broken one.
+
+    Args:
+        accelerator: of the processes; None if there is one only, whose errors pass through as they are.
+
+    Raises:
+        BudgetError: on every process, if one was raised on some.
+        VtpruneError: the same for everything else, with the traceback.
+    """
+
+    def __init__(self, accelerator: Accelerator | None) -> None:
+        self._accelerator = accelerator
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._accelerator is None or self._accelerator.num_processes == 1:
+            return
+        problem = None
+        if error is not None:
+            text = str(error) if isinstance(error, BudgetError) else "".join(traceback.format_exception(error))
+            problem = (isinstance(error, BudgetError), text, getattr(error, "floor", None))
+        for rank, found in enumerate(from_every(problem, self._accelerator)):
+            if found is not None:
+                budget, text, floor = found
+                raise BudgetError(text, floor=floor) if budget else VtpruneError(f"process {rank} broke:\n{text}")

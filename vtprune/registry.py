@@ -27,10 +27,15 @@ class Registry(Generic[T]):
         self._kind = kind
         self._package = package
         self._entries: dict[str, type[T]] = {}
+        self._unlisted: set[str] = set()
         self._walked = False
 
-    def register(self, name: str) -> Callable[[C], C]:
+    def register(self, name: str, *, listed: bool = True) -> Callable[[C], C]:
         """Class decorator that files the class under `name`.
+
+        Args:
+            name: what users call it.
+            listed: shown wherever all entries are; one that is not can only be asked for by name.
 
         Raises:
             ValueError: if another class already has this name.
@@ -43,6 +48,8 @@ class Registry(Generic[T]):
                     f"{self._kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}"
                 )
             self._entries[name] = cast("type[T]", cls)
+            if not listed:
+                self._unlisted.add(name)
             return cls
 
         return add
@@ -63,13 +70,13 @@ class Registry(Generic[T]):
         """
         self._walk()
         if name not in self._entries:
-            raise UnknownNameError(self._kind, name, self._entries)
+            raise UnknownNameError(self._kind, name, list(self))
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
         self._walk()
-        return iter(sorted(self._entries))
+        return iter(sorted(self._entries.keys() - self._unlisted))
 
     def items(self) -> list[tuple[str, type[T]]]:
-        """All (name, class) pairs, sorted by name."""
+        """All listed (name, class) pairs, sorted by name."""
         return [(name, self[name]) for name in self]

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 
 import vtprune
 from vtprune.budget import parse_keep
 from vtprune.errors import InputError
 from vtprune.plan import Plan
+from vtprune.stopwatch import timer
 
 __all__ = [
     "UNPRUNED",
+    "PrefillClock",
     "attach_to",
     "cut_answer",
     "default_device",
@@ -27,6 +30,24 @@ UNPRUNED = "none"
 """Value of `method=` that attaches nothing."""
 
 _DEFAULT_NEW_TOKENS = 128
+
+
+class PrefillClock(LogitsProcessor):
+    """Times the prefill inside `generate`: the first logits that it is shown are those of the first new token.
+
+    Attributes:
+        milliseconds: since the clock was made; 0.0 until the first logits came.
+    """
+
+    def __init__(self) -> None:
+        self._start = timer()
+        self.milliseconds = 0.0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The scores as they are."""
+        if not self.milliseconds:
+            self.milliseconds = 1000 * (timer() - self._start)
+        return scores
 
 
 def attach_to(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import models
 import pytest
 
@@ -144,3 +146,25 @@ def test_a_chain_keeps_no_more_than_its_fixed_part() -> None:
         with vtprune.prune(model, "uniform@1/2+fastv(layer=2)", keep) as session:
             model(**models.batch(models.Row()))
             assert session.report.average_tokens == (models.TOKENS / 2,)
+
+
+# saved plans
+
+
+def test_a_text_that_ends_in_json_is_a_saved_plan(tmp_path: Path) -> None:
+    model = models.llava()
+    plan = vtprune.Plan((vtprune.Stage(vtprune.Site("layer", 2), vtprune.FastV(), 0.25),))
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    chain = row_chain(str(path))
+    assert (chain.plan, chain.methods, chain.decides) == (plan, (), True)
+    with vtprune.prune(model, str(path)) as session:
+        assert session.plan == plan
+    with pytest.raises(BudgetError, match="a Plan carries its own counts; leave out keep=0.5"):
+        vtprune.prune(model, str(path), keep=0.5)
+    with pytest.raises(InputError, match="there is no plan file 'gone.json'"):
+        vtprune.prune(model, "gone.json")
+    deep = vtprune.Plan((vtprune.Stage(vtprune.Site("layer", 30), vtprune.FastV(), 0.25),))
+    deep.save(path)
+    with pytest.raises(PlanError, match=r"layer\[30\] is outside the decoder, which has layers 0 to"):
+        vtprune.prune(model, str(path))

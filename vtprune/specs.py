@@ -2,7 +2,8 @@
 
 The members of a chain are joined by `+` and act in this order. One with `@keep` behind it always has that budget; those
 without take the budget that comes with the chain: the row's in a sweep, `keep` in `vtprune.prune`. Each budget counts
-what the methods so far leave, so a chain never keeps more than its fixed members do.
+what the methods so far leave, so a chain never keeps more than its fixed members do. A text that ends in `.json` is a
+saved plan, which carries its own counts.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune.budget import parse_keep
 from vtprune.errors import BudgetError, InputError, PlanError
+from vtprune.plan import Plan
 
 if TYPE_CHECKING:
     from vtprune.contract import Scorer
 
-__all__ = ["Chain", "parse_chain", "parse_knobs", "parse_method", "row_chain", "split_methods", "sweep_methods"]
+__all__ = ["Chain", "load_plan", "parse_chain", "parse_knobs", "parse_method", "row_chain", "split_methods", "sweep_methods"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,15 @@ class Chain:
 
     Attributes:
         text: as it was written.
-        methods: the members.
+        methods: the members; none of a saved plan.
         fixed: the budget of each member, None where it takes the one that comes with the chain.
+        plan: the saved plan that the text names, None if it names methods.
     """
 
     text: str
     methods: tuple[Scorer, ...]
     fixed: tuple[int | float | None, ...]
+    plan: Plan | None = None
 
     @property
     def open(self) -> tuple[bool, ...]:
@@ -102,13 +107,15 @@ def sweep_methods(text: str) -> tuple[str, ...]:
 
 
 def row_chain(text: str) -> Chain:
-    """A chain that takes the one budget of its row, or none because it decides by itself.
+    """A chain that takes the one budget of its row, or none because it decides by itself or is a saved plan.
 
     Raises:
         BudgetError: unless exactly one member is open, or none is and one takes no budget.
-        UnknownNameError, PlanError: as `parse_chain` does.
+        InputError, UnknownNameError, PlanError: as `parse_chain` does.
     """
     chain = parse_chain(text)
+    if chain.plan is not None:
+        return chain
     alone = not any(chain.open) and not all(m.takes_budget for m in chain.methods)
     if sum(chain.open) != 1 and not alone:
         members = ", ".join(f"{name!r}" for name in split_methods(text, "+"))
@@ -122,11 +129,16 @@ def row_chain(text: str) -> Chain:
 def parse_chain(text: str) -> Chain:
     """Read `method`, `method@keep`, and several of these joined by `+`; signs inside brackets do not count.
 
+    A text that ends in `.json` is the file of a saved plan.
+
     Raises:
+        InputError: if there is no such file.
         UnknownNameError: if a method is not registered.
         PlanError: if a member is empty, or its knobs are malformed.
         BudgetError: if what stands behind an `@` is not a budget.
     """
+    if text.strip().endswith(".json"):
+        return Chain(text, (), (), load_plan(Path(text.strip())))
     methods: list[Scorer] = []
     fixed: list[int | float | None] = []
     for member in _split(text, "+"):
@@ -139,6 +151,18 @@ def parse_chain(text: str) -> Chain:
         except BudgetError as error:
             raise BudgetError(f"behind the @ of {member!r}: {error}") from error
     return Chain(text, tuple(methods), tuple(fixed))
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan file.
+
+    Raises:
+        InputError: if there is no such file.
+        PlanError: if it is not a plan.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no plan file {str(path)!r}. Write one with `vtprune plan --save`.")
+    return Plan.load(path)
 
 
 def parse_method(text: str) -> Scorer:

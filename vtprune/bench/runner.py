@@ -57,7 +57,8 @@ class BenchConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}.")
         for method in self.methods:
-            row_chain(method)
+            if row_chain(method).plan is not None:
+                raise InputError(f"bench needs a method that can keep everything, not a saved plan, got {method!r}.")
         for name in self.against:
             if name not in RIVALS:
                 raise UnknownNameError("library", name, RIVALS)

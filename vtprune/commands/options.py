@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from vtprune.errors import BudgetError, InputError, VtpruneError
 from vtprune.specs import parse_method, split_methods
-
-if TYPE_CHECKING:
-    from vtprune.plan import Plan
 
 __all__ = [
     "KEEP_HELP",
     "METHOD_HELP",
-    "load_plan",
     "pair_keeps",
     "read_keeps",
     "read_methods",
@@ -67,20 +60,6 @@ def pair_keeps(methods: list[str], keep: str | None) -> list[int | float] | None
             f"--keep must hold one budget a method, got {len(keeps)} ({keep}) for {len(methods)} ({','.join(methods)})."
         )
     return keeps
-
-
-def load_plan(path: Path) -> Plan:
-    """A plan file.
-
-    Raises:
-        InputError: if there is no such file.
-        PlanError: if it is not a plan.
-    """
-    from vtprune.plan import Plan
-
-    if not path.is_file():
-        raise InputError(f"there is no plan file {str(path)!r}. Write one with `vtprune plan --save`.")
-    return Plan.load(path)
 
 
 def read_numbers(option: str, text: str, lowest: int = 1, legal: str = "numbers >= 1") -> list[int]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vtprune.commands.options import KEEP_HELP, METHOD_HELP, load_plan, pair_keeps, read_methods
+from vtprune.commands.options import KEEP_HELP, METHOD_HELP, pair_keeps, read_methods
 from vtprune.errors import InputError
 from vtprune.loading import SPEC_HELP
+from vtprune.specs import load_plan
 
 if TYPE_CHECKING:
     from vtprune.plan import Plan

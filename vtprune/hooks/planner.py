@@ -35,6 +35,9 @@ class Planner:
         bind: Callable[[Scorer], Scorer] = lambda method: method,
     ) -> None:
         self.geometry = geometry
+        if isinstance(methods, str):
+            chain = parse_chain(methods)
+            methods, keep = chain.plan or chain.methods, chain.keeps(keep)
         self._fixed = None
         if isinstance(methods, Plan):
             self._fixed = Plan(tuple(dataclasses.replace(s, scorer=bind(s.scorer)) for s in methods.stages))
@@ -45,9 +48,6 @@ class Planner:
                 raise BudgetError(f"a Plan carries its own counts; leave out keep={keep!r} and flops={flops!r}.")
             self.nominal = self._fixed
         else:
-            if isinstance(methods, str):
-                chain = parse_chain(methods)
-                methods, keep = chain.methods, chain.keeps(keep)
             self._methods = [bind(_method(m)) for m in _as_list(methods)]
             self._budgets = _budgets(self._methods, keep, basis, flops)
             self.nominal = self._nominal()

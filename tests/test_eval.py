@@ -109,6 +109,11 @@ def test_questions_are_fixed_and_spread_over_images(make, monkeypatch: pytest.Mo
     with task_data.question_seed(5):
         other = make(None)
     assert other["image_id"] != first["image_id"]
+    with task_data.question_seed(0, "dev"):
+        dev = make(None)
+    assert len(dev) > 6
+    assert not set(dev["image_id"]) & set(first["image_id"])
+    assert not {image.tobytes() for image in dev["image"]} & {image.tobytes() for image in first["image"]}
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,17 @@ def test_answers_are_those_of_the_bare_model_one_by_one(chat: VtpruneChat, harne
     assert predictions(harness.run(chat)) == expected
 
 
+def test_a_run_begins_where_it_is_told_to(chat: VtpruneChat, harness: Harness) -> None:
+    """Portions of one list of questions, one behind the other, are the questions themselves."""
+    whole = harness.run(chat)
+    part = Harness(eval_helpers.TASKS, limit=2)
+    for task in eval_helpers.TASKS:
+        assert part.run(chat, first=2)[task] == whole[task][2:4]
+    assert set(part.sizes) == set(eval_helpers.TASKS)
+    assert all(size > 5 for size in part.sizes.values())
+    assert Harness(eval_helpers.TASKS, 1, split="dev").run(chat)["vtp_scenes"][0].image_id.startswith("dev-")
+
+
 def test_pruned_answers_do_not_depend_on_the_batch(folder: Path, chat: VtpruneChat, harness: Harness) -> None:
     full = predictions(harness.run(chat))
     chat.attach("random", 0.25)

@@ -160,9 +160,9 @@ def test_a_text_that_ends_in_json_is_a_saved_plan(tmp_path: Path) -> None:
     assert (chain.plan, chain.methods, chain.decides) == (plan, (), True)
     with vtprune.prune(model, str(path)) as session:
         assert session.plan == plan
-    with pytest.raises(BudgetError, match="a Plan carries its own counts; leave out keep=0.5"):
+    with pytest.raises(BudgetError, match=r"a Plan carries its own counts; leave out keep=0\.5"):
         vtprune.prune(model, str(path), keep=0.5)
-    with pytest.raises(InputError, match="there is no plan file 'gone.json'"):
+    with pytest.raises(InputError, match=r"there is no plan file 'gone\.json'"):
         vtprune.prune(model, "gone.json")
     deep = vtprune.Plan((vtprune.Stage(vtprune.Site("layer", 30), vtprune.FastV(), 0.25),))
     deep.save(path)

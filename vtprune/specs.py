@@ -21,7 +21,16 @@ from vtprune.plan import Plan
 if TYPE_CHECKING:
     from vtprune.contract import Scorer
 
-__all__ = ["Chain", "load_plan", "parse_chain", "parse_knobs", "parse_method", "row_chain", "split_methods", "sweep_methods"]
+__all__ = [
+    "Chain",
+    "load_plan",
+    "parse_chain",
+    "parse_knobs",
+    "parse_method",
+    "row_chain",
+    "split_methods",
+    "sweep_methods",
+]
 
 
 @dataclass(frozen=True)

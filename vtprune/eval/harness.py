@@ -104,13 +104,14 @@ class Harness:
         tasks: names of single tasks; the bundled ones and all of lmms-eval's.
         limit: questions a task, None for all.
         seed: which questions the bundled tasks ask.
+        split: of the bundled tasks, "test" or "dev"; others have the documents that they have.
 
     Raises:
         VtpruneError: if lmms-eval is not installed.
         InputError: if a task is unknown or is a group.
     """
 
-    def __init__(self, tasks: Sequence[str], limit: int | None, seed: int = 0) -> None:
+    def __init__(self, tasks: Sequence[str], limit: int | None, seed: int = 0, split: str = "test") -> None:
         require_lmms_eval()
         from lmms_eval.tasks import TaskManager, get_task_dict
 
@@ -119,7 +120,7 @@ class Harness:
         self.limit = limit
         # indexing lmms-eval's own folder takes seconds, and only its own tasks need it
         others = any(name not in BUNDLED_TASKS for name in tasks)
-        with quiet(), question_seed(seed):
+        with quiet(), question_seed(seed, split):
             self._manager = TaskManager("WARNING", include_path=[str(TASKS_DIR)], include_defaults=others)
             _check_names(tasks, self._manager)
             self._tasks = get_task_dict(list(tasks), self._manager, "chat")
@@ -132,8 +133,17 @@ class Harness:
             for task in self._tasks.values()
         )
 
-    def run(self, model: VtpruneChat) -> dict[str, list[Sample]]:
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Questions that each task has, whatever the limit."""
+        return {name: len(task.eval_docs) for name, task in self._tasks.items()}
+
+    def run(self, model: VtpruneChat, *, first: int = 0) -> dict[str, list[Sample]]:
         """Ask `model` every question.
+
+        Args:
+            model: what is asked.
+            first: document of each task to begin with; `limit` of them are asked from there on.
 
         Returns:
             the samples of each task, in order of doc id.
@@ -148,6 +158,7 @@ class Harness:
                 model=model,
                 tasks=list(self._tasks.values()),
                 limit=self.limit,
+                offset=first,
                 task_manager=self._manager,
                 log_samples=True,
                 cli_args=settings,

@@ -34,7 +34,7 @@ __all__ = [
 
 IMAGES = 250
 QUESTIONS_PER_IMAGE = 4
-_SEED: ContextVar[int] = ContextVar("question_seed", default=0)
+_ASKED: ContextVar[tuple[str, int]] = ContextVar("question_seed", default=("test", 0))
 
 _YES_NO = frozenset({"yes", "no"})
 _SHAPES = frozenset({"circle", "rectangle", "triangle"})
@@ -78,21 +78,26 @@ def _docs(pictures: Pictures, kind_of: Callable[[Question], str]) -> Dataset:
 
 
 @contextmanager
-def question_seed(seed: int) -> Iterator[None]:
-    """Tasks loaded inside the block ask the questions of this seed; 0 is what plain lmms-eval asks."""
-    token = _SEED.set(seed)
+def question_seed(seed: int, split: str = "test") -> Iterator[None]:
+    """Tasks loaded inside the block ask the questions of this seed; 0 is what plain lmms-eval asks.
+
+    What is chosen by questions (a layer, a plan) is chosen on those of the split "dev", which share no image with the
+    test split.
+    """
+    token = _ASKED.set((split, seed))
     try:
         yield
     finally:
-        _SEED.reset(token)
+        _ASKED.reset(token)
 
 
 def scenes_docs(_stub: Dataset) -> Dataset:
-    """`process_docs` of `vtp_scenes`: generated scenes, test split."""
+    """`process_docs` of `vtp_scenes`: generated scenes, test split unless told otherwise."""
     from vtprune.tiny.scenes import scene_questions
 
     # offset 1: seed 0 of the test split belongs to the model card of the embedded model
-    pictures = scene_questions("test", IMAGES, _SEED.get() + 1, QUESTIONS_PER_IMAGE)
+    split, seed = _ASKED.get()
+    pictures = scene_questions(split, IMAGES, seed + 1, QUESTIONS_PER_IMAGE)
     return _docs(pictures, lambda question: question.kind)
 
 
@@ -101,7 +106,8 @@ def easy_vqa_docs(_stub: Dataset) -> Dataset:
     from vtprune.tiny.easy_vqa import easy_vqa_questions
 
     # offset 1: the generator leaves seed 0 unshuffled, and the package groups the questions of an image by type
-    pictures = easy_vqa_questions("test", IMAGES, _SEED.get() + 1, QUESTIONS_PER_IMAGE)
+    split, seed = _ASKED.get()
+    pictures = easy_vqa_questions(split, IMAGES, seed + 1, QUESTIONS_PER_IMAGE)
     return _docs(pictures, lambda question: _easy_kind(question.answer))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import models
 
+from vtprune.eval.harness import Sample
 from vtprune.eval.rows import KindScore, Row, TaskScore
 from vtprune.eval.stats import Interval
 
@@ -52,6 +54,14 @@ def rows() -> list[Row]:
         Row("fastv", "1/16", 0.0625, status="not possible", message="fastv cannot reach 16", floor=22.25, run=RUN),
         pruned_row("random", "1/2", 0.5, 0.7),
         Row("random", "1/16", 0.0625, status="failed", message="Traceback\nValueError: <boom>", run=RUN),
+    ]
+
+
+def untimed(samples: list[Sample]) -> list[Sample]:
+    """Samples without what the batch took, which differs between runs."""
+    return [
+        dataclasses.replace(one, counts={name: value for name, value in one.counts.items() if name != "batch"})
+        for one in samples
     ]
 
 

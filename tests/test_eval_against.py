@@ -61,16 +61,20 @@ def totals_of(batches: list[list[tuple[int, int]]], compute: int) -> Totals:
 @pytest.mark.parametrize("keep", [1, 5, 16, 0.2, 0.75])
 @torch.no_grad()
 def test_the_cost_of_the_reference_is_counted_exactly(keep: float) -> None:
-    from vtprune.eval.counts import Totals
+    from vtprune.eval.counts import BatchCost, PrunedTokenCounts, Totals
 
     # prompts of different lengths, and of one and two images where the budget is a share
     second = models.Row(images=1 if isinstance(keep, int) else 2, after=2, seed=1)
-    totals = Totals()
+    counts: list[PrunedTokenCounts] = []
     model = models.llava()
     with vtprune.prune(model, "random", keep) as session:
         for rows in ((models.Row(after=9), second), (models.Row(),)):
             model(**models.batch(*rows))
-            totals.add([], session.report)
+            seen = session.report.visual_tokens
+            cost = BatchCost.of(f"batch of {len(rows)}", len(rows), 1.0, session.report)
+            counts += PrunedTokenCounts.of_batch([1] * len(rows), [1] * len(rows), seen, session.report, cost)
+        totals = Totals.of(count.to_dict() for count in counts)
+        assert totals.questions == 3
         assert totals.vision_flops > 0
         assert InputCut(vtprune.Random(), session.geometry, totals).flops(keep) == totals.flops
 
@@ -224,8 +228,8 @@ class Steps:
 
 
 def test_a_sweep_measures_what_was_predicted(folder: Path) -> None:
-    from vtprune.eval.runner import Sweep as Settings
     from vtprune.eval.runner import run_sweep
+    from vtprune.eval.sweep import Sweep as Settings
 
     # flowcut saves in the tower, the chain in both, gemfilter runs some layers twice
     methods = ("random", "uniform", "flowcut", "fastv", "flowcut@3/4+fastv(layer=1)", "gemfilter(layer=1)")

@@ -16,7 +16,7 @@ from vtprune.eval.kinds import deciding_rows, kinds_markdown, plot_kinds
 from vtprune.eval.plot import legend_columns, plot_rows
 from vtprune.eval.report_html import write_report
 from vtprune.eval.rows import KindScore, Row, read_rows, write_rows
-from vtprune.eval.runner import Sweep
+from vtprune.eval.sweep import Sweep
 from vtprune.eval.table import markdown
 from vtprune.specs import row_chain
 

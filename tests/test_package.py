@@ -34,6 +34,7 @@ _TOP = (
     "presets",
     "images",
     "videos",
+    "files",
     "jsonl",
     "processes",
     "progress",

@@ -97,6 +97,7 @@ def load_model(
     device: str | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    device_map: str | None = None,
 ) -> tuple[Any, Any]:
     """A model in eval mode, and its processor.
 
@@ -105,6 +106,8 @@ def load_model(
         device: where the model goes; the CPU if None.
         dtype: of the weights: `auto` (as stored), `float32`, `bfloat16` or `float16`.
         attn_implementation: HF attention backend; HF's choice if None.
+        device_map: how a checkpoint is laid out over several devices, such as "auto" (needs accelerate); one whole
+            model on `device` if None.
 
     Returns:
         (model, processor); the processor of a random preset is None, see `vtprune.presets.random_inputs`.
@@ -117,6 +120,8 @@ def load_model(
     torch_dtype = parse_dtype(dtype)
     _check_device(device)
     kind, _, name = spec.partition(":")
+    if device_map is not None and kind in ("tiny", "random"):
+        raise InputError(f"device_map spreads a checkpoint over devices; {spec!r} fits one. Leave --device-map out.")
     if kind == "random":
         from vtprune.presets import build_random
 
@@ -130,16 +135,20 @@ def load_model(
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         return model.to(device or "cpu"), processor  # type: ignore[arg-type]
-    return _load_pretrained(spec, device, torch_dtype, attn_implementation)
+    return _load_pretrained(spec, device, torch_dtype, attn_implementation, device_map)
 
 
-def _load_pretrained(spec: str, device: str | None, dtype: torch.dtype | None, attn: str | None) -> tuple[Any, Any]:
+def _load_pretrained(
+    spec: str, device: str | None, dtype: torch.dtype | None, attn: str | None, device_map: str | None
+) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     source = _pretrained(spec)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     if attn is not None:
         options["attn_implementation"] = attn
+    if device_map is not None:
+        options["device_map"] = device_map
     try:
         # safetensors only: a pickle can run code
         model: Any = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **options)
@@ -151,7 +160,7 @@ def _load_pretrained(spec: str, device: str | None, dtype: torch.dtype | None, a
         raise InputError(_not_loaded(spec, error)) from error
     except OSError as error:
         raise InputError(_not_loaded(spec, error)) from error
-    return model.to(device or "cpu").eval(), processor
+    return (model if device_map is not None else model.to(device or "cpu")).eval(), processor
 
 
 def _not_loaded(spec: str, error: Exception) -> str:

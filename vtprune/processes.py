@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,17 @@ from vtprune.errors import BudgetError, VtpruneError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["from_every", "from_main", "new_accelerator", "together"]
+__all__ = ["from_every", "from_main", "is_main", "new_accelerator", "several_processes", "together"]
+
+
+def several_processes() -> bool:
+    """`accelerate launch` (or torchrun) started more than this process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_main() -> bool:
+    """This is the process that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def new_accelerator(extra: str) -> Accelerator:

@@ -9,6 +9,7 @@ saved plan, which carries its own counts.
 from __future__ import annotations
 
 import ast
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "row_chain",
     "split_methods",
     "sweep_methods",
+    "with_seed",
 ]
 
 
@@ -172,6 +174,25 @@ def load_plan(path: Path) -> Plan:
     if not path.is_file():
         raise InputError(f"there is no plan file {str(path)!r}. Write one with `vtprune plan --save`.")
     return Plan.load(path)
+
+
+def with_seed(text: str, seed: int) -> str:
+    """A chain whose members draw with `seed`, those that draw at all and were given none.
+
+    >>> with_seed("flowcut@1/2+random", 3)
+    'flowcut@1/2+random(seed=3)'
+    """
+    if text.strip().endswith(".json"):
+        return text
+    members = []
+    for member in _split(text, "+"):
+        written, *keep = _split(member, "@")
+        name, knobs = parse_knobs(written)
+        known = {knob.name for knob in dataclasses.fields(parse_method(written))}
+        if "seed" in known - knobs.keys():
+            written = f"{name}({', '.join(f'{knob}={value!r}' for knob, value in {**knobs, 'seed': seed}.items())})"
+        members.append("@".join([written, *keep]))
+    return "+".join(members)
 
 
 def parse_method(text: str) -> Scorer:

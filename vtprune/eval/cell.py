@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import vtprune
 from vtprune.errors import BudgetError, UntrainedError, VtpruneError
-from vtprune.eval.rows import KindScore, Row, TaskScore
+from vtprune.eval.rows import UNPRUNED_ROW, KindScore, Row, TaskScore
 from vtprune.eval.stats import Interval, mean_interval, paired_difference
+from vtprune.processes import several_processes
 
 if TYPE_CHECKING:
     from vtprune.budget import Geometry
     from vtprune.eval.counts import Totals
     from vtprune.eval.harness import Harness, Sample
-    from vtprune.eval.lmms_model import VtpruneChat
+    from vtprune.eval.lmms_base import LmmsVtprune
+    from vtprune.eval.replaying import Replaying
 
-__all__ = ["Answers", "fill_row", "paired", "run_cell"]
+__all__ = ["Answers", "ask", "fill_row", "paired", "run_cell"]
 
 
 @dataclass(frozen=True)
@@ -27,34 +31,72 @@ class Answers:
     Attributes:
         samples: by task, in order of doc id.
         totals: sums over the questions.
-        geometry: the model's shape, None if nothing was attached.
+        geometry: the model's shape.
     """
 
     samples: Mapping[str, Sequence[Sample]]
     totals: Totals
     geometry: Geometry | None = None
 
+    @classmethod
+    def of(cls, samples: Mapping[str, Sequence[Sample]], geometry: Geometry | None) -> Answers:
+        """Samples with the sums of what they cost."""
+        from vtprune.eval.counts import Totals
 
-def run_cell(row: Row, lm: VtpruneChat, harness: Harness) -> Answers | None:
-    """Attach and ask; None if the cell cannot run, with the reason in the row."""
+        return cls(samples, Totals.of(sample.counts for task in samples.values() for sample in task), geometry)
+
+
+def run_cell(
+    row: Row,
+    lm: LmmsVtprune,
+    harness: Harness,
+    tasks: Sequence[str] | None = None,
+    replaying: Replaying | None = None,
+) -> Answers | None:
+    """Attach and ask; None if the cell cannot run, with the reason in the row.
+
+    Args:
+        row: method and budget; `unpruned` attaches nothing.
+        lm: the model.
+        harness: the questions.
+        tasks: which of its tasks, all if None.
+        replaying: recorded sets to keep, in place of what the row's method would choose.
+    """
     try:
-        session = lm.attach(row.method, row.keep_value, basis=row.basis)
-        row.plan = session.plan.to_dict()
-        return Answers(harness.run(lm), lm.totals, session.geometry)
+        if row.method == UNPRUNED_ROW:
+            lm.detach()
+        elif replaying is not None:
+            lm.replay(replaying)
+            row.plan = replaying.plan.to_dict()
+        else:
+            row.plan = lm.attach(row.method, row.keep_value, basis=row.basis).plan.to_dict()
+        return ask(lm, harness, tasks)
     except BudgetError as error:
         row.status = "failed" if error.floor is None else "not possible"
         row.message, row.floor = str(error), error.floor
     except UntrainedError as error:
         row.status, row.message = "not trained", str(error)
-    # what a method or the host can raise on odd sizes; anything else is a bug in the sweep and stops it
+    # what a method, the host or a task can raise on odd sizes; anything else is a bug in the sweep and stops it
     except (VtpruneError, RuntimeError, ValueError, IndexError) as error:
+        if several_processes() and not isinstance(error, VtpruneError):
+            # the others do not know of it, and would wait for this process for ever
+            raise
         row.status = "failed"
         row.message = "".join(traceback.format_exception(error))
     return None
 
 
+def ask(lm: LmmsVtprune, harness: Harness, tasks: Sequence[str] | None = None) -> Answers:
+    """What the model says as it is now, pruned or not."""
+    samples = harness.run(lm, tasks)
+    return Answers.of(samples, vtprune.geometry(lm.model))
+
+
 def fill_row(row: Row, answers: Answers, baseline: Answers, seed: int) -> None:
-    """Scores and costs of a cell that ran."""
+    """Scores and costs of a cell that ran, and the name of what it kept."""
+    hashes = [sample.counts.get("kept_hash") for samples in answers.samples.values() for sample in samples]
+    if all(hashes):
+        row.kept_hash = hashlib.sha256("".join(map(str, hashes)).encode()).hexdigest()[:12]
     for name, value in answers.totals.to_dict().items():
         setattr(row, name, value)
     for task, samples in answers.samples.items():

@@ -7,14 +7,16 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from vtprune.commands.options import require_matplotlib
 from vtprune.errors import InputError
-from vtprune.eval import BUNDLED_TASKS, TASKS_DIR
+from vtprune.eval import options
 from vtprune.eval.keeps import parse_keeps
+from vtprune.eval.suites import expand_suites
+from vtprune.processes import is_main
 from vtprune.specs import split_methods, sweep_methods
 
 if TYPE_CHECKING:
@@ -22,61 +24,37 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from vtprune.eval.runner import Sweep, SweepResult
+    from vtprune.eval.sweep import Sweep, SweepResult
 
 __all__ = ["eval_command"]
 
-_KEEPS = "1,1/2,1/4,1/9,1/16"
-_FAST_KEEPS = "1,1/4,1/16"
-_QUESTIONS = 150
-_FAST_QUESTIONS = 40
-_ROUNDS, _FAST_ROUNDS = 7, 3
-
-
-def _print_tasks_dir(asked: bool) -> None:
-    if asked:
-        typer.echo(TASKS_DIR)
-        raise typer.Exit
-
 
 def eval_command(
-    model: Annotated[
-        str, typer.Option(help="Comma-separated: tiny:llava, tiny:qwen2_vl, tiny:internvl, hub ids or local folders.")
-    ] = "tiny:llava",
-    methods: Annotated[
-        str,
-        typer.Option(help="Comma-separated: names, with knobs gemfilter(layer=3), chains flowcut@1/2+fastv, 'all'."),
-    ] = "all",
-    keeps: Annotated[
-        str | None, typer.Option(help=f"Budgets: shares such as 1/4 or 25%, or tokens such as 64. (default: {_KEEPS})")
-    ] = None,
-    tasks: Annotated[str, typer.Option(help="Comma-separated lmms-eval task names.")] = ",".join(BUNDLED_TASKS),
-    limit: Annotated[
-        int | None,
-        typer.Option(help=f"Questions a task, 0 for all. (default: {_QUESTIONS}, {_FAST_QUESTIONS} if fast)"),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions a call.")] = 16,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/latest"),
-    fast: Annotated[bool, typer.Option("--fast", help=f"A quick look: {_FAST_KEEPS}, fewer questions.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the bundled tasks' questions and of the bootstrap.")] = 0,
-    basis: Annotated[str, typer.Option(help="What a budget counts: average (over layers) or final.")] = "average",
-    against: Annotated[
-        str, typer.Option(help="Compare every row with this method at equal FLOPs, or none.")
-    ] = "random",
-    device: Annotated[str | None, typer.Option(help="Where the model runs. (default: what is there)")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    attn_implementation: Annotated[str | None, typer.Option(help="Attention backend of transformers.")] = None,
-    tasks_dir: Annotated[
-        bool,
-        typer.Option(
-            "--tasks-dir",
-            callback=_print_tasks_dir,
-            is_eager=True,
-            help="Print the folder to hand to lmms-eval's --include_path, and exit.",
-        ),
-    ] = False,
+    model: options.Models = "tiny:llava",
+    methods: options.Methods = "all",
+    keeps: options.Keeps = None,
+    tasks: options.Tasks = "embedded",
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 16,
+    out: options.Out = Path("runs/latest"),
+    fast: options.Fast = False,
+    seeds: options.Seeds = "0",
+    basis: options.Basis = "average",
+    against: options.Against = "random",
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    attn_implementation: options.AttnImplementation = None,
+    device_map: options.DeviceMap = None,
+    save_kept: options.SaveKept = True,
+    replay: options.Replay = None,
+    fresh: options.Fresh = False,
+    config: options.Config = None,
+    tasks_dir: options.TasksDir = False,
 ) -> None:
     """Accuracy against token budget on benchmark tasks: table, JSONL, plot and HTML page.
+
+    Every answer is kept below --out, so a sweep that was interrupted goes on where it was when it is started again.
+    Several processes share the questions: accelerate launch -m vtprune eval ...
 
     Several models are measured one after another, each into a folder of its own below --out.
 
@@ -89,24 +67,27 @@ def eval_command(
         raise InputError(f"name at least one model, got {model!r}.")
     first = _sweep(
         methods=methods,
-        keeps=keeps or (_FAST_KEEPS if fast else _KEEPS),
-        tasks=_names(tasks),
+        keeps=keeps or (options.FAST_KEEPS if fast else options.KEEPS),
+        tasks=expand_suites(_names(tasks)),
         model=models[0],
-        limit=(_FAST_QUESTIONS if fast else _QUESTIONS) if limit is None else limit or None,
+        limit=(options.FAST_QUESTIONS if fast else options.QUESTIONS) if limit is None else limit or None,
         batch_size=batch_size,
-        seed=seed,
+        seeds=_numbers(seeds),
         basis=basis,
         against=None if against == "none" else against,
-        rounds=_FAST_ROUNDS if fast else _ROUNDS,
+        rounds=options.FAST_ROUNDS if fast else options.ROUNDS,
         device=device,
         dtype=dtype,
         attn_implementation=attn_implementation,
+        device_map=device_map,
+        save_kept=save_kept,
+        replay=replay,
     )
     _check_models(models)
     console = _console()
     for keep in first.keeps:
         console.print(f"keep {keep}", style="dim", highlight=False)
-    if not _run_all(first, models, out, console):
+    if not _run_all(first, models, out, console, fresh):
         raise typer.Exit(1)
 
 
@@ -114,13 +95,13 @@ def _console() -> Console:
     """The real stdout: the runner redirects it while lmms-eval is at work."""
     from rich.console import Console
 
-    console = Console(file=sys.stdout)
+    console = Console(file=sys.stdout, quiet=not is_main())
     if not console.is_terminal:
         console.width = 120
     return console
 
 
-def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console) -> bool:
+def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console, fresh: bool) -> bool:
     """The sweep on each model. True if no cell failed."""
     whole = True
     for name in models:
@@ -128,7 +109,7 @@ def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console) -
         if len(models) > 1:
             console.rule(name)
         folder = out / folder_name(name) if len(models) > 1 else out
-        result, paths = _run(dataclasses.replace(sweep, model=name), folder, console)
+        result, paths = _run(dataclasses.replace(sweep, model=name), folder, console, fresh)
         _show(result, paths, time.perf_counter() - start, console)
         whole = whole and not result.failures
     return whole
@@ -148,6 +129,18 @@ def _check_models(models: Sequence[str]) -> None:
             load_config(name)
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    """`0, 1` -> (0, 1).
+
+    Raises:
+        InputError: if a part is no whole number >= 0.
+    """
+    parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise InputError(f"seeds must be numbers separated by commas, such as 0,1,2; got {text!r}.")
+    return tuple(map(int, parts))
+
+
 def _names(text: str) -> tuple[str, ...]:
     """`a, b,,a` -> (a, b)."""
     return tuple(dict.fromkeys(split_methods(text)))
@@ -156,7 +149,7 @@ def _names(text: str) -> tuple[str, ...]:
 def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
     """Validate what the user wrote, before anything heavy is loaded."""
     from vtprune.eval.harness import require_lmms_eval
-    from vtprune.eval.runner import Sweep
+    from vtprune.eval.sweep import Sweep
 
     read = tuple(parse_keeps(keeps))
     if settings["basis"] not in ("average", "final"):
@@ -167,25 +160,30 @@ def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
     return Sweep(methods=sweep_methods(methods), keeps=read, command=command, **settings)  # type: ignore[arg-type]
 
 
-def _run(sweep: Sweep, out: Path, console: Console) -> tuple[SweepResult, dict[str, Path]]:
+def _run(sweep: Sweep, out: Path, console: Console, fresh: bool) -> tuple[SweepResult, dict[str, Path]]:
     """The sweep under a progress bar, then its files."""
     from vtprune.eval.examples import make_examples
     from vtprune.eval.kinds import deciding_rows, kinds_markdown, plot_kinds
     from vtprune.eval.plot import plot_rows
+    from vtprune.eval.records import write_predictions, write_records
     from vtprune.eval.report_html import write_report
     from vtprune.eval.rows import write_rows
-    from vtprune.eval.runner import run_sweep, write_predictions
+    from vtprune.eval.runner import run_sweep
+    from vtprune.eval.store import CellStore
     from vtprune.eval.table import markdown
     from vtprune.progress import RichProgress
 
     out.mkdir(parents=True, exist_ok=True)
-    files = ("rows.jsonl", "predictions.jsonl", "table.md", "accuracy.png", "report.html")
+    files = ("rows.jsonl", "predictions.jsonl", "records.parquet", "table.md", "accuracy.png", "report.html")
     paths = {name: out / name for name in files}
     with RichProgress(console) as progress:
-        result, harness, lm = run_sweep(sweep, progress)
+        result, harness, lm = run_sweep(sweep, progress, CellStore(out, fresh=fresh))
+        if not is_main():
+            return result, {}
         # figures first: they survive if a picture cannot be drawn
         write_rows(result.rows, paths["rows.jsonl"])
         write_predictions(result, paths["predictions.jsonl"])
+        write_records(result, paths["records.parquet"])
         paths["table.md"].write_text(markdown(result.rows), encoding="utf-8")
         plot_rows(result.rows, paths["accuracy.png"])
         if deciding_rows(result.rows):
@@ -201,6 +199,8 @@ def _run(sweep: Sweep, out: Path, console: Console) -> tuple[SweepResult, dict[s
 
 def _show(result: SweepResult, paths: dict[str, Path], seconds: float, console: Console) -> None:
     """The table, what failed, and where everything is."""
+    if result.found:
+        console.print(f"{result.found} cells were there already (--fresh asks again)", style="dim", highlight=False)
     from vtprune.eval.table import rich_table
 
     console.print(rich_table(result.rows, console.width))

@@ -12,7 +12,7 @@ from PIL import Image
 from vtprune.draw import Drawing, draw_kept
 from vtprune.eval.harness import Harness, Sample
 from vtprune.eval.rows import UNPRUNED_ROW, Row
-from vtprune.eval.runner import SweepResult
+from vtprune.eval.sweep import SweepResult
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
@@ -73,7 +73,7 @@ def _one_budget(rows: Sequence[Row]) -> list[Row]:
     keeps = list(dict.fromkeys(row.keep for row in rows if row.method != UNPRUNED_ROW))
     chosen: dict[str, Row] = {}
     for keep in keeps[: len(keeps) // 2 + 1]:
-        chosen |= {row.method: row for row in rows if row.keep == keep and row.status == "ok"}
+        chosen |= {row.method: row for row in rows if row.keep == keep and row.status == "ok" and not row.replays}
     return list(chosen.values())
 
 

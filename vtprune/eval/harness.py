@@ -7,10 +7,10 @@ runs here.
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from vtprune.errors import InputError, VtpruneError
 from vtprune.eval import BUNDLED_TASKS, TASKS_DIR
+from vtprune.eval.scores import sample_kind, sample_score
 from vtprune.eval.task_data import question_seed
+from vtprune.eval.task_loading import check_names, load_task
+from vtprune.processes import from_main
 
 if TYPE_CHECKING:
-    from vtprune.eval.lmms_model import VtpruneChat
+    from vtprune.eval.lmms_base import LmmsVtprune
 
 __all__ = ["Asked", "Harness", "Sample", "quiet", "require_lmms_eval"]
 
@@ -36,6 +39,7 @@ class Sample:
         image_id: groups the questions of one image; the doc id where a task has no such column.
         score: of the task's first metric, in [0, 1].
         counts: lmms-eval's token counts with vtprune's figures.
+        seed: of the task's questions, None where they do not depend on it.
     """
 
     task: str
@@ -47,6 +51,7 @@ class Sample:
     prediction: str
     score: float
     counts: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,44 +110,77 @@ class Harness:
         limit: questions a task, None for all.
         seed: which questions the bundled tasks ask.
         split: of the bundled tasks, "test" or "dev"; others have the documents that they have.
+        prompts_of: the model of lmms-eval whose prompts are used, where a task has several.
+        isolate: a task that cannot be loaded is left out, and `problems` says why.
+
+    Attributes:
+        tasks: names of those that could be loaded.
+        problems: tracebacks of the others, by name.
+        log: what lmms-eval printed during the last run.
 
     Raises:
         VtpruneError: if lmms-eval is not installed.
-        InputError: if a task is unknown or is a group.
+        InputError: if a task is unknown or is a group, or cannot be loaded (unless isolated).
     """
 
-    def __init__(self, tasks: Sequence[str], limit: int | None, seed: int = 0, split: str = "test") -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        limit: int | None,
+        seed: int = 0,
+        split: str = "test",
+        *,
+        prompts_of: str | None = None,
+        isolate: bool = False,
+    ) -> None:
         require_lmms_eval()
-        from lmms_eval.tasks import TaskManager, get_task_dict
+        from lmms_eval.tasks import TaskManager
 
         if limit is not None and limit < 1:
             raise InputError(f"limit must be at least 1 question a task, got {limit}.")
         self.limit = limit
+        self.problems: dict[str, str] = {}
+        self.log = ""
+        self._tasks: dict[str, Any] = {}
         # indexing lmms-eval's own folder takes seconds, and only its own tasks need it
         others = any(name not in BUNDLED_TASKS for name in tasks)
         with quiet(), question_seed(seed, split):
-            self._manager = TaskManager("WARNING", include_path=[str(TASKS_DIR)], include_defaults=others)
-            _check_names(tasks, self._manager)
-            self._tasks = get_task_dict(list(tasks), self._manager, "chat")
+            self._manager = TaskManager("WARNING", [str(TASKS_DIR)], include_defaults=others, model_name=prompts_of)
+            check_names(tasks, self._manager)
+            for name in tasks:
+                try:
+                    self._tasks[name] = load_task(name, self._manager)
+                except InputError as error:
+                    if not isolate:
+                        raise
+                    self.problems[name] = "".join(traceback.format_exception(error))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that could be loaded."""
+        return tuple(self._tasks)
+
+    def count(self, task: str) -> int:
+        """How many questions one model answers of a task."""
+        documents = len(self._tasks[task].eval_docs)
+        return documents if self.limit is None else min(self.limit, documents)
 
     @property
     def questions(self) -> int:
-        """How many questions one model answers."""
-        return sum(
-            len(task.eval_docs) if self.limit is None else min(self.limit, len(task.eval_docs))
-            for task in self._tasks.values()
-        )
+        """How many questions one model answers in all."""
+        return sum(map(self.count, self._tasks))
 
     @property
     def sizes(self) -> dict[str, int]:
         """Questions that each task has, whatever the limit."""
         return {name: len(task.eval_docs) for name, task in self._tasks.items()}
 
-    def run(self, model: VtpruneChat, *, first: int = 0) -> dict[str, list[Sample]]:
-        """Ask `model` every question.
+    def run(self, model: LmmsVtprune, tasks: Sequence[str] | None = None, *, first: int = 0) -> dict[str, list[Sample]]:
+        """Ask `model` every question. Of several processes each asks its share, and all of them get all answers.
 
         Args:
             model: what is asked.
+            tasks: which of the tasks, all if None.
             first: document of each task to begin with; `limit` of them are asked from there on.
 
         Returns:
@@ -150,34 +188,40 @@ class Harness:
         """
         from lmms_eval.evaluator import simple_evaluate
 
+        chosen = {name: self._tasks[name] for name in (self._tasks if tasks is None else tasks)}
         settings = argparse.Namespace(
             process_with_media=False, reasoning_tags=None, log_samples=True, predict_only=False, output_path=None
         )
-        with quiet():
-            results: Any = simple_evaluate(
-                model=model,
-                tasks=list(self._tasks.values()),
-                limit=self.limit,
-                offset=first,
-                task_manager=self._manager,
-                log_samples=True,
-                cli_args=settings,
-                bootstrap_iters=0,
-                process_docs_parallel=1,
-                batch_size=model.batch_size,
-                verbosity="WARNING",
-            )
-        return {
-            name: [_sample(name, task, logged) for logged in results["samples"][name]]
-            for name, task in self._tasks.items()
-        }
+        with quiet() as text:
+            try:
+                results: Any = simple_evaluate(
+                    model=model,
+                    tasks=list(chosen.values()),
+                    limit=self.limit,
+                    offset=first,
+                    task_manager=self._manager,
+                    log_samples=True,
+                    cli_args=settings,
+                    bootstrap_iters=0,
+                    process_docs_parallel=1,
+                    batch_size=model.batch_size,
+                    verbosity="WARNING",
+                )
+            finally:
+                self.log = text.getvalue()
+        found = None
+        if results is not None:  # only the main process gets them
+            logged = {name: sorted(results["samples"][name], key=lambda one: one["doc_id"]) for name in chosen}
+            found = {name: [_sample(name, chosen[name], one) for one in lines] for name, lines in logged.items()}
+        accelerator = getattr(model, "accelerator", None)
+        return found if accelerator is None else from_main(found, accelerator)  # type: ignore[return-value]
 
     def documents(self, task: str, count: int) -> list[dict[str, Any]]:
         """The first questions of a task, with their images."""
         docs = self._tasks[task].eval_docs
         return [docs[index] for index in range(min(count, len(docs)))]
 
-    def prompts(self, model: VtpruneChat, task: str, count: int) -> list[tuple[str, list[Any]]]:
+    def prompts(self, model: LmmsVtprune, task: str, count: int) -> list[tuple[str, list[Any]]]:
         """(prompt text, images) of the first questions of a task, as `model` asks them."""
         from lmms_eval.protocol import ChatMessages
 
@@ -219,48 +263,18 @@ def _training_docs(task: Any) -> Any:
     return task.training_docs() if task.has_training_docs() else task.eval_docs
 
 
-def _check_names(tasks: Sequence[str], manager: Any) -> None:
-    if not tasks:
-        raise InputError(f"name at least one task, e.g. {','.join(BUNDLED_TASKS)}.")
-    for name in tasks:
-        if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise InputError(
-                f"Unknown task {name!r}.{hint} Bundled: {', '.join(BUNDLED_TASKS)}; "
-                "the rest is listed by `python -m lmms_eval --tasks list`."
-            )
-        if name not in manager.all_subtasks:
-            raise InputError(f"{name!r} is a group of tasks; list its tasks one by one.")
-
-
 def _sample(name: str, task: Any, logged: dict[str, Any]) -> Sample:
     """One line of lmms-eval's sample log as a `Sample`."""
     doc = logged.get("doc") or {}
+    metrics = [entry["metric"] for entry in task.config.metric_list or []]
     return Sample(
         task=name,
         doc_id=int(logged["doc_id"]),
         image_id=str(doc.get("image_id", logged["doc_id"])),
         question=str(doc.get("question", "")),
         answer=str(logged["target"]),
-        kind=doc.get("kind"),
+        kind=sample_kind(metrics, logged),
         prediction=str(logged["filtered_resps"][0]),
-        score=_score(name, task, logged),
+        score=sample_score(name, metrics, logged),
         counts=(logged.get("token_counts") or [None])[0] or {},
-    )
-
-
-def _score(name: str, task: Any, logged: dict[str, Any]) -> float:
-    """The sample's value of the first metric that is a number or carries one as `score`.
-
-    Raises:
-        InputError: if no metric of the task gives a score in [0, 1] to a single sample.
-    """
-    for entry in task.config.metric_list or []:
-        value = logged.get(entry["metric"])
-        value = value.get("score") if isinstance(value, dict) else value
-        if isinstance(value, (bool, int, float)) and 0 <= value <= 1:
-            return float(value)
-    raise InputError(
-        f"task {name!r} gives no sample a score in [0, 1]; run it with `python -m lmms_eval --model vtprune` instead."
     )

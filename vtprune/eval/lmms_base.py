@@ -6,7 +6,6 @@ Errors are raised: an exception that is swallowed would be scored as a wrong ans
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from vtprune.eval.counts import BatchCost, PrunedTokenCounts, Totals
 from vtprune.eval.replaying import Replaying
 from vtprune.loading import load_model
 from vtprune.plan import Plan
-from vtprune.processes import new_accelerator, together
+from vtprune.processes import new_accelerator, several_processes, together
 from vtprune.prompt import processor_inputs
 
 __all__ = ["LmmsVtprune", "Message", "Prompt", "Request"]
@@ -127,7 +126,7 @@ class LmmsVtprune(lmms):
             )
         self._model, self.processor = loaded
         self.tokenizer = self.processor.tokenizer
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if several_processes():
             # one whole model a process; the evaluator gathers through this object
             self.accelerator = new_accelerator("eval")
         self.attach(Plan.load(plan) if plan else method, keep, basis=basis, flops=flops)

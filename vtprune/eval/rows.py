@@ -13,6 +13,7 @@ from vtprune.errors import InputError
 from vtprune.eval.stats import Interval
 
 __all__ = [
+    "REPLAY",
     "UNPRUNED_ROW",
     "Against",
     "KindScore",
@@ -26,6 +27,7 @@ __all__ = [
 
 Status = Literal["ok", "not possible", "not trained", "failed"]
 UNPRUNED_ROW = "unpruned"
+REPLAY = "replay:"
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ class Row:
         message: why the cell has no figures.
         floor: smallest average number of tokens the schedule reaches, for a cell that is not possible.
         tasks: score by task.
+        missing: why tasks are not among them, by name.
+        kept_hash: names what was kept of all questions; None where nothing was attached.
         visual_tokens: a question, before pruning.
         average_tokens: that entered a decoder layer, averaged over layers and questions.
         flops_share, vision_flops_share, kv_share: against unpruned, decoder prefill / tower / cache.
@@ -132,6 +136,8 @@ class Row:
     message: str = ""
     floor: float | None = None
     tasks: dict[str, TaskScore] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    kept_hash: str | None = None
     visual_tokens: float | None = None
     average_tokens: float | None = None
     flops_share: float | None = None
@@ -147,6 +153,11 @@ class Row:
     def name(self) -> str:
         """`fastv 1/4`, for messages and as a key."""
         return self.method if self.method == UNPRUNED_ROW else f"{self.method} {self.keep}"
+
+    @property
+    def replays(self) -> str | None:
+        """The method whose recorded sets the row keeps, None if it chooses itself."""
+        return self.method.removeprefix(REPLAY) if self.method.startswith(REPLAY) else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

@@ -1,154 +1,136 @@
-"""The sweep: methods x budgets over tasks, one loaded model, one session a cell, failures isolated."""
+"""The sweep: methods x budgets over tasks and seeds, one loaded model, one file a cell, failures isolated."""
 
 from __future__ import annotations
 
 import functools
-import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune.errors import InputError
-from vtprune.eval.against import compare, require_reference
-from vtprune.eval.cell import Answers, fill_row, run_cell
+from vtprune.errors import InputError, VtpruneError
+from vtprune.eval.against import compare
+from vtprune.eval.asker import Asker
+from vtprune.eval.cell import Answers, fill_row
 from vtprune.eval.harness import Harness, quiet
-from vtprune.eval.keeps import OWN, SweepKeep
-from vtprune.eval.rows import UNPRUNED_ROW, Row
+from vtprune.eval.replaying import Recording
+from vtprune.eval.rows import REPLAY, UNPRUNED_ROW, Row
+from vtprune.eval.store import CellStore, settings_of
+from vtprune.eval.sweep import Sweep, SweepResult
+from vtprune.loading import load_config
+from vtprune.processes import is_main
 from vtprune.progress import Progress
-from vtprune.specs import row_chain
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
 
-__all__ = ["Sweep", "SweepResult", "environment", "run_sweep", "write_predictions"]
+__all__ = ["environment", "run_sweep"]
 
 _TIMED_BATCH = 8  # enough to fill two cores; timing every cell on larger batches takes longer than the questions
+# whose prompts of lmms-eval a family is asked with, where a task has several
+_PROMPTS_OF = {
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "internvl": "internvl_hf",
+}
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What to run. Defaults are those of `vtprune eval`.
+def run_sweep(
+    sweep: Sweep, progress: Progress, store: CellStore | None = None
+) -> tuple[SweepResult, Harness, VtpruneChat]:
+    """Run every cell that is not in the store yet.
 
-    Attributes:
-        model: what `vtprune.loading.load_model` accepts.
-        methods: names of methods, or chains that take the row's budget in one member (see `vtprune.specs`).
-        keeps: budgets; those that mean all tokens stand for the unpruned model, which is always run once.
-        tasks: lmms-eval task names.
-        limit: questions a task.
-        batch_size: questions a call.
-        seed: of the bundled questions and of the bootstrap.
-        basis: what a budget counts, `average` or `final`.
-        against: the method that every row is compared with at equal FLOPs, None for no comparison.
-        rounds: measurements of each prefill, 0 for no timing.
-        device, dtype, attn_implementation: for loading.
-        command: how the user started it, kept with the results.
+    What breaks is isolated: a task that the unpruned model cannot be asked is left out everywhere, and a pruned cell
+    that fails becomes a row that says so. Of several processes each asks its share of the documents, and all of them
+    return the same answers; only the main one writes cells and takes times.
 
-    Raises:
-        VtpruneError: if a method is not known, a chain does not take one budget, or `against` cuts inside the model.
-    """
-
-    methods: tuple[str, ...]
-    keeps: tuple[SweepKeep, ...]
-    tasks: tuple[str, ...]
-    model: str = "tiny:llava"
-    limit: int | None = None
-    batch_size: int = 16
-    seed: int = 0
-    basis: str = "average"
-    against: str | None = "random"
-    rounds: int = 7
-    device: str | None = None
-    dtype: str = "auto"
-    attn_implementation: str | None = None
-    command: str = ""
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            row_chain(method)
-        if self.against is not None:
-            require_reference(self.against)
-
-    def cells(self) -> list[tuple[str, SweepKeep]]:
-        """(method, budget) of every pruned cell; a method that can decide by itself has a cell where it does."""
-        cells: list[tuple[str, SweepKeep]] = []
-        for method in self.methods:
-            chain = row_chain(method)
-            cells += [(method, keep) for keep in self.keeps if any(chain.open) and not keep.is_all]
-            cells += [(method, OWN)] * chain.decides
-        return cells
-
-
-@dataclass
-class SweepResult:
-    """Rows in order, the unpruned model first, and every answer behind them by row name."""
-
-    rows: list[Row]
-    answers: dict[str, Answers] = field(default_factory=dict)
-
-    @property
-    def failures(self) -> dict[str, str]:
-        """Why cells and references broke, by name (a cell whose budget cannot be reached is not among them)."""
-        cells = {row.name: row.message for row in self.rows if row.status == "failed"}
-        lost = [row.against for row in self.rows if row.against is not None and row.against.message]
-        return cells | {f"{other.method} at {other.keep:.4g}, to compare with": other.message for other in lost}
-
-
-def run_sweep(sweep: Sweep, progress: Progress) -> tuple[SweepResult, Harness, VtpruneChat]:
-    """Run every cell.
-
-    The unpruned model must work: its errors are raised. A pruned cell that fails becomes a row that says so.
+    Args:
+        sweep: what to run.
+        progress: told what is done.
+        store: where cells are kept and found again; nowhere, if None.
 
     Returns:
         the result, and the tasks and the model (with nothing attached) for drawing examples.
 
     Raises:
-        VtpruneError: if lmms-eval is missing, or a task or model is not known.
+        VtpruneError: if lmms-eval is missing, a task or model is not known, or no task at all can be asked.
     """
     progress.start("loading lmms-eval, tasks and model", 1)
-    harness = Harness(sweep.tasks, sweep.limit, sweep.seed)
+    recording = None if sweep.replay is None else Recording(sweep.replay)
+    prompts_of = _PROMPTS_OF.get(load_config(sweep.model).model_type)
+    options: dict[str, Any] = {"prompts_of": prompts_of, "isolate": True}
+    harnesses = {seed: Harness(sweep.tasks, sweep.limit, seed, **options) for seed in sweep.seeds}
+    first = harnesses[sweep.seed]
     title = UNPRUNED_ROW
     lm = _load(sweep, lambda count: progress.step(title, count))
     progress.step("loaded")
+
+    run, settings = _described(sweep, environment(lm.model))
+    asker = Asker(lm, harnesses, store or CellStore(None), settings, recording, lambda n: progress.step(title, n))
 
     def ask(row: Row) -> Answers | None:
         nonlocal title
         title = row.name
         progress.step(title, 0)
-        answers = run_cell(row, lm, harness)
-        if answers is None:
-            progress.step(title, harness.questions)
-        return answers
+        return asker.answers(row, tasks)
 
     def begin(runs: int) -> None:
-        progress.start(f"{sweep.against} at equal FLOPs", harness.questions * runs)
+        progress.start(f"{sweep.against} at equal FLOPs", asker.questions(tasks) * runs)
 
-    run = {"model": sweep.model, "seed": sweep.seed, "limit": sweep.limit, "batch_size": sweep.batch_size}
-    run |= {"command": sweep.command, **environment(lm.model)}
-    cells = sweep.cells()
-    progress.start("questions", harness.questions * (len(cells) + 1))
-    result = SweepResult([Row(UNPRUNED_ROW, "1", 1.0, sweep.basis, run=run)])
-    baseline = Answers(harness.run(lm), lm.totals)
-    fill_row(result.rows[0], baseline, baseline, sweep.seed)
+    rows = _rows(sweep, recording, run)
+    tasks = asker.tasks
+    progress.start("questions", asker.questions(tasks) * len(rows))
+    result = SweepResult(rows[:1], broken_tasks=dict(first.problems))
+    baseline = ask(rows[0]) if tasks else None
+    result.broken_tasks |= rows[0].missing
+    if baseline is None:
+        problems = result.broken_tasks or {"the unpruned model": rows[0].message}
+        raise VtpruneError("no task can be asked:\n" + "\n".join(f"{name}: {text}" for name, text in problems.items()))
+    tasks = tuple(baseline.samples)
+    fill_row(rows[0], baseline, baseline, sweep.seed)
     result.answers[UNPRUNED_ROW] = baseline
-    for method, keep in cells:
-        if result.rows[-1].method == method and result.rows[-1].status == "not trained":
-            progress.step(method, harness.questions)
+    for row in rows[1:]:
+        if result.rows[-1].method == row.method and result.rows[-1].status == "not trained":
+            progress.step(row.method, asker.questions(tasks))
             continue
-        row = Row(method, keep.text, keep.value, sweep.basis, run=run)
         result.rows.append(row)
         answers = ask(row)
         if answers is not None:
             fill_row(row, answers, baseline, sweep.seed)
             result.answers[row.name] = answers
-    if sweep.against is not None:
+    if sweep.against is not None and recording is None:
         compare(result.rows, result.answers, sweep.against, sweep.seed, begin, ask)
     lm.detach()
-    if sweep.rounds:
-        _time(result.rows, lm, harness, sweep, progress)
-    return result, harness, lm
+    result.found = asker.found
+    if sweep.rounds and recording is None and is_main():
+        _time(result.rows, lm, first, sweep, progress)
+    return result, first, lm
+
+
+def _described(sweep: Sweep, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what rows were made with, what their cells are found again by)."""
+    run: dict[str, Any] = {"model": sweep.model, "seed": sweep.seed, "limit": sweep.limit}
+    run |= {"batch_size": sweep.batch_size, "command": sweep.command, **facts}
+    if len(sweep.seeds) > 1:
+        run["seeds"] = list(sweep.seeds)
+    # threads share out the work; they are no other question
+    kinds = {name: facts[name] for name in ("device_kind", "dtype", "attention")}
+    more = {"limit": sweep.limit, "batch_size": sweep.batch_size, "save_kept": sweep.save_kept, **kinds}
+    return run, settings_of(sweep.model, facts["versions"], **more)
+
+
+def _rows(sweep: Sweep, recording: Recording | None, run: dict[str, Any]) -> list[Row]:
+    """The rows to fill, the unpruned model first."""
+    rows = [Row(UNPRUNED_ROW, "1", 1.0, sweep.basis, run=run)]
+    if recording is None:
+        return rows + [Row(method, keep.text, keep.value, sweep.basis, run=run) for method, keep in sweep.cells()]
+    for row in recording.rows:
+        again = Row(f"{REPLAY}{row.method}", row.keep, row.keep_value, row.basis, kept_hash=row.kept_hash, run=run)
+        rows.append(again)
+    return rows
 
 
 def _load(sweep: Sweep, on_batch: Callable[[int], object]) -> VtpruneChat:
@@ -163,12 +145,13 @@ def _load(sweep: Sweep, on_batch: Callable[[int], object]) -> VtpruneChat:
             device=sweep.device or default_device(),
             dtype=sweep.dtype,
             attn_implementation=sweep.attn_implementation,
+            device_map=sweep.device_map,
         )
     if loaded[1] is None:
         raise InputError(
             f"the model {sweep.model!r} has no processor, so it cannot be asked questions. Use `vtprune bench`."
         )
-    return VtpruneChat(loaded=loaded, batch_size=sweep.batch_size, on_batch=on_batch)
+    return VtpruneChat(loaded=loaded, batch_size=sweep.batch_size, on_batch=on_batch, save_kept=sweep.save_kept)
 
 
 def _time(rows: Sequence[Row], lm: VtpruneChat, harness: Harness, sweep: Sweep, progress: Progress) -> None:
@@ -181,7 +164,7 @@ def _time(rows: Sequence[Row], lm: VtpruneChat, harness: Harness, sweep: Sweep, 
         for row in rows
         if row.status == "ok" and row.method != UNPRUNED_ROW
     }
-    inputs = lm.encode(harness.prompts(lm, sweep.tasks[0], min(sweep.batch_size, _TIMED_BATCH)))
+    inputs = lm.encode(harness.prompts(lm, next(iter(rows[0].tasks)), min(sweep.batch_size, _TIMED_BATCH)))
     progress.start("prefill timing", (sweep.rounds + 1) * (len(cells) + 1))
     timings = prefill_timings(lm.model, inputs, cells, sweep.rounds, lambda name: progress.step(f"prefill {name}"))
     full = timings[UNPRUNED].median_s
@@ -208,31 +191,7 @@ def environment(model: Any) -> dict[str, Any]:
         "versions": versions,
         "python": platform.python_version(),
         "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
+        "device_kind": f"{device.type} ({name})",
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
     }
-
-
-def write_predictions(result: SweepResult, path: Path) -> None:
-    """One JSON object a question and cell: what was answered, and what was kept."""
-    rows = {row.name: row for row in result.rows}
-    with path.open("w", encoding="utf-8") as file:
-        for name, answers in result.answers.items():
-            row = rows[name]
-            for sample in (sample for samples in answers.samples.values() for sample in samples):
-                line = {
-                    "method": row.method,
-                    "keep": row.keep,
-                    "task": sample.task,
-                    "doc_id": sample.doc_id,
-                    "image_id": sample.image_id,
-                    "kind": sample.kind,
-                    "question": sample.question,
-                    "answer": sample.answer,
-                    "prediction": sample.prediction,
-                    "score": sample.score,
-                    "kept_hash": sample.counts.get("kept_hash"),
-                    "visual_tokens": sample.counts.get("visual_tokens"),
-                    "average_tokens": sample.counts.get("average_tokens"),
-                }
-                file.write(json.dumps(line) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vtprune.errors import VtpruneError
+from vtprune.files import partial_path, put_in_place
 
-__all__ = ["DamagedFileError", "read_tensors", "replace_file", "write_tensors"]
+__all__ = ["DamagedFileError", "read_tensors", "write_tensors"]
 
 
 class DamagedFileError(VtpruneError, RuntimeError):
@@ -34,9 +34,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
     stored = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     text = json.dumps(note)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    partial = partial_path(path)
     save_file(stored, partial, metadata={"note": text, "checksum": _checksum(stored, text)})
-    _put(partial, path)
+    put_in_place(partial, path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,23 +54,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if "note" not in metadata or metadata.get("checksum") != _checksum(tensors, metadata["note"]):
         raise DamagedFileError(f"{str(path)!r} is damaged: its checksum is not that of its content.")
     return tensors, json.loads(metadata["note"])
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file at once, or not at all."""
-    partial = _partial(path)
-    partial.write_text(text, encoding="utf-8")
-    _put(partial, path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
-def _put(partial: Path, path: Path) -> None:
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtprune.train.files import replace_file
+from vtprune.files import replace_file
 
 __all__ = ["LOG_FILE", "RunLog"]
 

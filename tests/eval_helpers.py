@@ -7,12 +7,19 @@ from pathlib import Path
 
 import models
 
+from vtprune.budget import Geometry
 from vtprune.eval.harness import Sample
 from vtprune.eval.rows import KindScore, Row, TaskScore
 from vtprune.eval.stats import Interval
 
 TASKS = ("vtp_easy_vqa", "vtp_scenes")
 RUN = {"model": "tiny:llava", "seed": 0, "limit": 50, "command": "vtprune eval --out <b>", "versions": {"torch": "2"}}
+LLAVA_7B = Geometry("llava", 32, 4096, 32, 32, 128, 11008, 576)
+
+
+def answered(task: str, right: int, questions: int = 100) -> list[Sample]:
+    """Answers to so many questions, each on an image of its own, of which the first `right` are right."""
+    return [Sample(task, i, str(i), f"question {i}", "yes", None, "", float(i < right)) for i in range(questions)]
 
 
 def task_score(accuracy: float, kinds: tuple[str, ...] = ("color", "count")) -> TaskScore:

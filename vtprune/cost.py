@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from vtprune.budget import Basis, Geometry
 from vtprune.plan import Plan
 
-__all__ = ["image_macs", "kv_bytes", "plan_cost", "prefill_flops", "projection_flops", "vision_flops"]
+__all__ = ["image_flops", "image_macs", "kv_bytes", "plan_cost", "prefill_flops", "projection_flops", "vision_flops"]
 
 
 def prefill_flops(geometry: Geometry, lengths: Sequence[int], past: Sequence[int] | None = None) -> int:
@@ -46,6 +46,11 @@ def image_macs(geometry: Geometry, tokens_per_layer: Sequence[int]) -> int:
     """
     d, m = geometry.hidden, geometry.intermediate
     return sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in tokens_per_layer)
+
+
+def image_flops(geometry: Geometry, tokens_per_layer: Sequence[int]) -> int:
+    """The count that YOPO publishes as "FLOPs": twice `image_macs`. For comparison with that paper only."""
+    return 2 * image_macs(geometry, tokens_per_layer)
 
 
 def vision_flops(

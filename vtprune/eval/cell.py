@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import vtprune
 from vtprune.errors import BudgetError, UntrainedError, VtpruneError
 from vtprune.eval.rows import UNPRUNED_ROW, KindScore, Row, TaskScore
-from vtprune.eval.stats import Interval, mean_interval, paired_difference
+from vtprune.eval.stats import Interval, mcnemar, mean_interval, paired_difference, ratio_interval
 from vtprune.processes import several_processes
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def paired(samples: Sequence[Sample], reference: Sequence[Sample], seed: int) ->
 def _task_score(samples: Sequence[Sample], baseline: Sequence[Sample], seed: int) -> TaskScore:
     images = [sample.image_id for sample in samples]
     scores = [sample.score for sample in samples]
-    unpruned = sum(sample.score for sample in baseline) / len(baseline)
+    reference = [sample.score for sample in baseline]
+    unpruned = sum(reference) / len(reference)
     accuracy = mean_interval(scores, images, seed)
     by_kind: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -125,6 +126,8 @@ def _task_score(samples: Sequence[Sample], baseline: Sequence[Sample], seed: int
         questions=len(samples),
         images=len(set(images)),
         kinds={kind: _kind_score(group) for kind, group in sorted(by_kind.items())},
+        retention=ratio_interval(scores, reference, images, seed),
+        mcnemar=mcnemar(scores, reference),
     )
 
 

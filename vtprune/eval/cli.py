@@ -49,6 +49,7 @@ def eval_command(
     replay: options.Replay = None,
     fresh: options.Fresh = False,
     config: options.Config = None,
+    flops_conventions: options.FlopsConventions = False,
     tasks_dir: options.TasksDir = False,
 ) -> None:
     """Accuracy against token budget on benchmark tasks: table, JSONL, plot and HTML page.
@@ -87,7 +88,7 @@ def eval_command(
     console = _console()
     for keep in first.keeps:
         console.print(f"keep {keep}", style="dim", highlight=False)
-    if not _run_all(first, models, out, console, fresh):
+    if not _run_all(first, models, out, console, fresh, flops_conventions):
         raise typer.Exit(1)
 
 
@@ -101,7 +102,7 @@ def _console() -> Console:
     return console
 
 
-def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console, fresh: bool) -> bool:
+def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console, fresh: bool, conventions: bool) -> bool:
     """The sweep on each model. True if no cell failed."""
     whole = True
     for name in models:
@@ -109,8 +110,8 @@ def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console, f
         if len(models) > 1:
             console.rule(name)
         folder = out / folder_name(name) if len(models) > 1 else out
-        result, paths = _run(dataclasses.replace(sweep, model=name), folder, console, fresh)
-        _show(result, paths, time.perf_counter() - start, console)
+        result, paths = _run(dataclasses.replace(sweep, model=name), folder, console, fresh, conventions)
+        _show(result, paths, time.perf_counter() - start, console, conventions)
         whole = whole and not result.failures
     return whole
 
@@ -160,50 +161,41 @@ def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
     return Sweep(methods=sweep_methods(methods), keeps=read, command=command, **settings)  # type: ignore[arg-type]
 
 
-def _run(sweep: Sweep, out: Path, console: Console, fresh: bool) -> tuple[SweepResult, dict[str, Path]]:
+def _run(
+    sweep: Sweep, out: Path, console: Console, fresh: bool, conventions: bool
+) -> tuple[SweepResult, dict[str, Path]]:
     """The sweep under a progress bar, then its files."""
     from vtprune.eval.examples import make_examples
-    from vtprune.eval.kinds import deciding_rows, kinds_markdown, plot_kinds
-    from vtprune.eval.plot import plot_rows
+    from vtprune.eval.files import write_figures, write_page
     from vtprune.eval.records import write_predictions, write_records
-    from vtprune.eval.report_html import write_report
-    from vtprune.eval.rows import write_rows
     from vtprune.eval.runner import run_sweep
     from vtprune.eval.store import CellStore
-    from vtprune.eval.table import markdown
     from vtprune.progress import RichProgress
 
     out.mkdir(parents=True, exist_ok=True)
-    files = ("rows.jsonl", "predictions.jsonl", "records.parquet", "table.md", "accuracy.png", "report.html")
-    paths = {name: out / name for name in files}
     with RichProgress(console) as progress:
         result, harness, lm = run_sweep(sweep, progress, CellStore(out, fresh=fresh))
         if not is_main():
             return result, {}
         # figures first: they survive if a picture cannot be drawn
-        write_rows(result.rows, paths["rows.jsonl"])
+        paths, summary = write_figures(result, out, sweep.seed, conventions=conventions)
+        paths |= {name: out / name for name in ("predictions.jsonl", "records.parquet")}
         write_predictions(result, paths["predictions.jsonl"])
         write_records(result, paths["records.parquet"])
-        paths["table.md"].write_text(markdown(result.rows), encoding="utf-8")
-        plot_rows(result.rows, paths["accuracy.png"])
-        if deciding_rows(result.rows):
-            paths |= {name: out / name for name in ("kinds.md", "kinds.png")}
-            paths["kinds.md"].write_text(kinds_markdown(result.rows), encoding="utf-8")
-            plot_kinds(result.rows, paths["kinds.png"])
         progress.start("drawing examples", 1)
         examples = make_examples(result, harness, lm)
-        write_report(result.rows, paths["accuracy.png"], paths["report.html"], examples)
+        paths |= write_page(result.rows, summary, out, examples, conventions=conventions)
         progress.step("done")
     return result, paths
 
 
-def _show(result: SweepResult, paths: dict[str, Path], seconds: float, console: Console) -> None:
+def _show(result: SweepResult, paths: dict[str, Path], seconds: float, console: Console, conventions: bool) -> None:
     """The table, what failed, and where everything is."""
     if result.found:
         console.print(f"{result.found} cells were there already (--fresh asks again)", style="dim", highlight=False)
     from vtprune.eval.table import rich_table
 
-    console.print(rich_table(result.rows, console.width))
+    console.print(rich_table(result.rows, console.width, conventions=conventions))
     for row in result.rows:
         if row.status in ("not possible", "not trained"):
             console.print(f"{row.name}: {row.message}", style="yellow", highlight=False, markup=False)

@@ -53,6 +53,10 @@ Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 
 Fast = Annotated[bool, typer.Option("--fast", help=f"A quick look: {FAST_KEEPS}, fewer questions.")]
 
+FlopsConventions = Annotated[
+    bool, typer.Option("--flops-conventions", help="Tables also show FLOPs in the three units that papers use.")
+]
+
 Seeds = Annotated[
     str,
     typer.Option(help="Comma-separated, of bundled questions and methods that draw; rows have all their answers."),

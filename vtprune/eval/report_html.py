@@ -10,6 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from vtprune.eval.flops import flop_texts, flop_unit
+from vtprune.eval.report_summary import summary_html
 from vtprune.eval.rows import UNPRUNED_ROW, Row
 from vtprune.eval.table import difference_of, headers, legend, percent, reference_of, row_cells, task_label, tasks_of
 
@@ -17,13 +19,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vtprune.eval.examples import Example
+    from vtprune.eval.summary import Summary
 
 __all__ = ["write_report"]
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
-def write_report(rows: Sequence[Row], plot: Path, path: Path, examples: Sequence[Example] = ()) -> None:
+def write_report(
+    rows: Sequence[Row],
+    plot: Path,
+    path: Path,
+    examples: Sequence[Example] = (),
+    summary: Summary | None = None,
+    *,
+    conventions: bool = False,
+) -> None:
     """Write the page.
 
     Args:
@@ -31,13 +42,16 @@ def write_report(rows: Sequence[Row], plot: Path, path: Path, examples: Sequence
         plot: the PNG to embed.
         path: where to write.
         examples: images with kept tokens, may be empty.
+        summary: of the same rows; its part of the page is left out if None.
+        conventions: the table shows the three counts of FLOPs in use.
     """
     run = rows[0].run
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         subtitle=escape(_subtitle(rows)),
         plot=base64.b64encode(plot.read_bytes()).decode(),
-        legend=escape(legend(rows)),
-        table=_cells_table(rows),
+        legend=escape(legend(rows, conventions=conventions)),
+        summary=summary_html(rows, summary),
+        table=_cells_table(rows, flop_unit(rows) if conventions else None),
         failures=_failures(rows),
         kinds="".join(_kinds_table(rows, task) for task in tasks_of(rows)),
         examples=_examples(examples),
@@ -58,7 +72,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _sort_keys(row: Row, tasks: Sequence[str], reference: str | None) -> list[str]:
+def _sort_keys(row: Row, tasks: Sequence[str], reference: str | None, unit: str | None) -> list[str]:
     """One key a column of `headers`: figures sort by value, not by their text."""
     keys = [row.method, _number(row.keep_value), _number(row.average_tokens)]
     for task in tasks:
@@ -67,7 +81,8 @@ def _sort_keys(row: Row, tasks: Sequence[str], reference: str | None) -> list[st
         if reference is not None:
             difference = difference_of(row, task)
             keys.append(_number(None if difference is None else difference.value))
-    return [*keys, _number(row.flops_share), _number(row.kv_share), _number(row.prefill_ratio)]
+    counts = [] if unit is None else ["" if text == "-" else text for text in flop_texts(row, unit)]
+    return [*keys, _number(row.flops_share), *counts, _number(row.kv_share), _number(row.prefill_ratio)]
 
 
 def _head(titles: Sequence[str]) -> str:
@@ -75,18 +90,18 @@ def _head(titles: Sequence[str]) -> str:
     return f"<thead><tr>{cells}</tr></thead>"
 
 
-def _cells_table(rows: Sequence[Row]) -> str:
+def _cells_table(rows: Sequence[Row], unit: str | None) -> str:
     tasks, reference = tasks_of(rows), reference_of(rows)
     lines = []
     for row in rows:
-        texts = row_cells(row, tasks, reference, intervals=True)
-        keys = _sort_keys(row, tasks, reference)
+        texts = row_cells(row, tasks, reference, intervals=True, unit=unit)
+        keys = _sort_keys(row, tasks, reference, unit)
         cells = "".join(
             f'<td data-value="{escape(key)}">{escape(text)}</td>' for text, key in zip(texts, keys, strict=True)
         )
         style = "unpruned" if row.method == UNPRUNED_ROW else "" if row.status == "ok" else "missing"
         lines.append(f'<tr class="{style}" title="{escape(row.message or _beside(row))}">{cells}</tr>')
-    return f'<table class="sortable">{_head(headers(tasks, reference))}<tbody>{"".join(lines)}</tbody></table>'
+    return f'<table class="sortable">{_head(headers(tasks, reference, unit))}<tbody>{"".join(lines)}</tbody></table>'
 
 
 def _beside(row: Row) -> str:

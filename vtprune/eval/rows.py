@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vtprune.errors import InputError
-from vtprune.eval.stats import Interval
+from vtprune.eval.stats import Interval, McNemar
 
 __all__ = [
     "REPLAY",
     "UNPRUNED_ROW",
     "Against",
+    "FlopCounts",
     "KindScore",
     "Row",
     "Status",
@@ -56,6 +57,8 @@ class TaskScore:
         difference: accuracy minus unpruned on the same questions, paired interval.
         questions, images: how many.
         kinds: accuracy by kind of question, where the task has kinds.
+        retention: `share` with its paired 95 % interval over images.
+        mcnemar: exact test against the unpruned model on the same questions.
     """
 
     accuracy: Interval
@@ -64,13 +67,35 @@ class TaskScore:
     questions: int
     images: int
     kinds: dict[str, KindScore] = field(default_factory=dict)
+    retention: Interval | None = None
+    mcnemar: McNemar | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TaskScore:
-        """Inverse of `dataclasses.asdict`."""
-        kinds = {name: KindScore(**kind) for name, kind in data["kinds"].items()}
-        intervals = {name: Interval(**data[name]) for name in ("accuracy", "difference")}
-        return cls(share=data["share"], questions=data["questions"], images=data["images"], kinds=kinds, **intervals)
+        """Inverse of `dataclasses.asdict`; rows written before there was a retention or a test have none."""
+        fields = dict(data)
+        fields["kinds"] = {name: KindScore(**kind) for name, kind in data["kinds"].items()}
+        for name in ("accuracy", "difference"):
+            fields[name] = Interval(**data[name])
+        fields["retention"] = None if data.get("retention") is None else Interval(**data["retention"])
+        fields["mcnemar"] = None if data.get("mcnemar") is None else McNemar(**data["mcnemar"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class FlopCounts:
+    """Decoder prefill of one question on average, in the three units that papers call FLOPs.
+
+    Attributes:
+        image_macs: multiply-accumulates of the image tokens alone (`vtprune.cost.image_macs`: TransPrune, FastV).
+        image_flops: twice that (`vtprune.cost.image_flops`: YOPO).
+        prefill: 2 x multiply-accumulates, text and attention included, as run with padding and with every pass that
+            a method makes (`vtprune.cost.prefill_flops`); None if nothing was counted.
+    """
+
+    image_macs: float
+    image_flops: float
+    prefill: float | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +148,7 @@ class Row:
         flops_share, vision_flops_share, kv_share: against unpruned, decoder prefill / tower / cache.
         prefill_ratio: prefill seconds (tower included) against unpruned, medians of one interleaved run.
         prefill_ms: the median itself.
+        flop_counts: decoder prefill a question in the three units in use, None if it was not counted.
         against: the comparison with a reference at equal FLOPs, None if there is none.
         plan: the plan as JSON.
         run: what the row was made with: model, versions, device, seed, command.
@@ -145,6 +171,7 @@ class Row:
     kv_share: float | None = None
     prefill_ratio: float | None = None
     prefill_ms: float | None = None
+    flop_counts: FlopCounts | None = None
     against: Against | None = None
     plan: dict[str, Any] | None = None
     run: dict[str, Any] = field(default_factory=dict)
@@ -175,6 +202,8 @@ class Row:
             fields["tasks"] = {name: TaskScore.from_dict(score) for name, score in data["tasks"].items()}
             if fields.get("against") is not None:
                 fields["against"] = Against.from_dict(fields["against"])
+            if fields.get("flop_counts") is not None:
+                fields["flop_counts"] = FlopCounts(**fields["flop_counts"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise InputError(f"not a row of `vtprune eval`: {error} (fields {sorted(data)}).") from error

@@ -1,4 +1,8 @@
-"""Intervals for accuracies: a bootstrap over images, because the questions of one image share its difficulty."""
+"""Intervals for accuracies and tests of their differences.
+
+Intervals are a bootstrap over images, because the questions of one image share its difficulty. McNemar's test counts
+questions as independent: where images have several questions, the interval is the one to trust.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "mean_interval", "paired_difference"]
+__all__ = [
+    "RESAMPLES",
+    "Interval",
+    "McNemar",
+    "by_image",
+    "image_weights",
+    "mcnemar",
+    "mean_interval",
+    "paired_difference",
+    "percentile_interval",
+    "ratio_interval",
+]
 
 RESAMPLES = 2000
 _TAIL = 0.025
@@ -21,13 +36,33 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Of a difference: it is beyond noise, either way."""
+        return self.low > 0 or self.high < 0
 
-def _weights(images: int, seed: int) -> np.ndarray:
+
+@dataclass(frozen=True)
+class McNemar:
+    """Questions that only one of two models answers right, and how likely so uneven a split is by chance.
+
+    Attributes:
+        wins: questions on which the model scores higher than its reference.
+        losses: questions on which it scores lower.
+        p: two-sided exact binomial probability; 1.0 if the models never differ.
+    """
+
+    wins: int
+    losses: int
+    p: float
+
+
+def image_weights(images: int, seed: int | Sequence[int]) -> np.ndarray:
     """[RESAMPLES, images] how often each image is drawn."""
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1.0 / images), size=RESAMPLES)
 
 
-def _by_image(values: Sequence[float], images: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+def by_image(values: Sequence[float], images: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
     """(sum of the values, number of questions) of each image, in order of first appearance.
 
     Raises:
@@ -54,13 +89,13 @@ def mean_interval(scores: Sequence[float], images: Sequence[Hashable], seed: int
     Raises:
         ValueError: if there is no score, or not one image a score.
     """
-    sums, counts = _by_image(scores, images)
+    sums, counts = by_image(scores, images)
     value = float(sums.sum() / counts.sum())
     if value in (0.0, 1.0):
         bound = _TAIL ** (1.0 / len(sums))
         return Interval(value, bound, 1.0) if value else Interval(value, 0.0, 1.0 - bound)
-    weights = _weights(len(sums), seed)
-    return Interval(value, *_percentiles((weights @ sums) / (weights @ counts)))
+    weights = image_weights(len(sums), seed)
+    return percentile_interval(value, (weights @ sums) / (weights @ counts))
 
 
 def paired_difference(
@@ -80,13 +115,68 @@ def paired_difference(
     Raises:
         ValueError: if the lengths differ or there is no score.
     """
+    _require_pairs(scores, reference)
+    sums, counts = by_image([a - b for a, b in zip(scores, reference, strict=True)], images)
+    weights = image_weights(len(sums), seed)
+    return percentile_interval(float(sums.sum() / counts.sum()), (weights @ sums) / (weights @ counts))
+
+
+def ratio_interval(
+    scores: Sequence[float], reference: Sequence[float], images: Sequence[Hashable], seed: int = 0
+) -> Interval | None:
+    """Sum of `scores` over that of `reference` on the same questions (the retention), resampling images.
+
+    Both sums are taken over the same drawn images. Draws in which the reference has no point are left out.
+
+    Args:
+        scores: one a question.
+        reference: the unpruned model's scores of the same questions, in the same order.
+        images: the image each question belongs to.
+        seed: of the resampling.
+
+    Returns:
+        None if the reference has no point at all.
+
+    Raises:
+        ValueError: if the lengths differ or there is no score.
+    """
+    _require_pairs(scores, reference)
+    mine, _ = by_image(scores, images)
+    full, _ = by_image(reference, images)
+    if not full.sum():
+        return None
+    weights = image_weights(len(full), seed)
+    below = weights @ full
+    return percentile_interval(float(mine.sum() / full.sum()), (weights @ mine)[below > 0] / below[below > 0])
+
+
+def mcnemar(scores: Sequence[float], reference: Sequence[float]) -> McNemar:
+    """Exact two-sided McNemar test on the same questions; of graded scores it is the sign test.
+
+    Args:
+        scores: one a question.
+        reference: the other model's scores of the same questions, in the same order.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    _require_pairs(scores, reference)
+    difference = np.asarray(scores, float) - np.asarray(reference, float)
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    total, fewer = wins + losses, min(wins, losses)
+    # log C(total, k) for k = 0..fewer, by the ratio of neighbours: the numbers themselves overflow
+    steps = np.arange(1, fewer + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log((total - steps + 1) / steps))]) - total * np.log(2.0)
+    # an even split counts its middle term twice
+    return McNemar(wins, losses, min(1.0, float(2.0 * np.exp(logs).sum())))
+
+
+def percentile_interval(value: float, estimates: np.ndarray) -> Interval:
+    """`value` with the middle 95 % of its resampled `estimates`."""
+    low, high = np.percentile(estimates, [100 * _TAIL, 100 * (1 - _TAIL)])
+    return Interval(value, float(low), float(high))
+
+
+def _require_pairs(scores: Sequence[float], reference: Sequence[float]) -> None:
     if len(scores) != len(reference):
         raise ValueError(f"paired scores must have one length, got {len(scores)} and {len(reference)}.")
-    sums, counts = _by_image([a - b for a, b in zip(scores, reference, strict=True)], images)
-    weights = _weights(len(sums), seed)
-    return Interval(float(sums.sum() / counts.sum()), *_percentiles((weights @ sums) / (weights @ counts)))
-
-
-def _percentiles(estimates: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(estimates, [100 * _TAIL, 100 * (1 - _TAIL)])
-    return float(low), float(high)

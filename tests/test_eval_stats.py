@@ -332,7 +332,7 @@ def test_tables_show_the_conventions_on_request() -> None:
     assert "4nd²+2n²d+3ndm" in text
     assert "image MACs" not in markdown(found)
     assert rich_table(found, 140, conventions=True).columns[-3].header == "prefill\nFLOPs,\nT"
-    # no pruned row ran, so the shape is not known
+    # the shape is not known
     alone = rows()[:1]
     count_flops(alone, {"unpruned": answers["unpruned"]})
     assert alone[0].flop_counts is None

@@ -31,7 +31,7 @@ def count_flops(rows: Sequence[Row], answers: Mapping[str, Answers]) -> None:
     """Fill `row.flop_counts` of every row that ran, from the tokens that entered each layer, question by question.
 
     Args:
-        rows: of one sweep. Nothing is counted if no pruned row ran: the model's shape is then not known.
+        rows: of one sweep. Nothing is counted if no answers know the model's shape.
         answers: by row name.
     """
     geometry = next((found.geometry for found in answers.values() if found.geometry is not None), None)

@@ -59,6 +59,8 @@ def make_examples(result: SweepResult, harness: Harness, lm: VtpruneChat, per_ta
             picture = _as_seen(inputs["pixel_values"], prompt[1][0], lm.processor.image_processor)
             tiles = [_tile("unpruned", asked, picture)]
             for row in rows:
+                if task not in row.tasks:
+                    continue
                 report = _report(lm, row, inputs)
                 drawn = max(draw_kept(report, [picture]), key=lambda drawing: _tokens(report, drawing))
                 sample = _sample(result, row.name, task, place)

@@ -8,6 +8,7 @@ Train, dev and test share no handwritten digit, no ground texture and no random 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -154,7 +155,7 @@ def paint(objects: list[SceneObject], split: str, seed: int, index: int) -> np.n
 
 
 def scene_questions(
-    split: str, images: int, seed: int = 0, per_image: int = 8
+    split: str, images: int, seed: int = 0, per_image: int = 8, weights: Mapping[str, float] | None = None
 ) -> list[tuple[Image.Image, list[Question]]]:
     """The first `images` scenes of a split with up to `per_image` different questions each.
 
@@ -163,18 +164,20 @@ def scene_questions(
         images: how many scenes, index 0 upward.
         seed: other seeds give other scenes of the same split.
         per_image: questions asked at most about one scene; kinds are drawn with `questions.WEIGHTS`.
+        weights: other shares of the kinds; those not named are not asked.
 
     Returns:
         (RGB image of 128x128 px, its questions) in index order; the same call gives the same bytes anywhere.
     """
     from PIL import Image
 
-    from vtprune.tiny.questions import ask
+    from vtprune.tiny.questions import KINDS_OF_QUESTION, WEIGHTS, ask
 
+    shares = WEIGHTS if weights is None else {kind: weights.get(kind, 0.0) for kind in KINDS_OF_QUESTION}
     result = []
     for index in range(images):
         objects = scene_objects(split, seed, index)
-        drafts = ask(objects, generator(split, seed, index, _ASK), per_image)
+        drafts = ask(objects, generator(split, seed, index, _ASK), per_image, shares)
         image_id = f"{split}-{seed}-{index}"
         questions = [Question(image_id, draft.question, draft.answer, draft.kind) for draft in drafts]
         result.append((Image.fromarray(paint(objects, split, seed, index)), questions))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 IMAGE_SIZE = 128
 PATCH_SIZE = 8
@@ -54,6 +55,6 @@ SUFFIX = (WORD_IDS["assistant"], WORD_IDS[":"])
 _TOKEN = re.compile(r"<\w+>|\w+|[^\w\s]")
 
 
-def encode(text: str) -> list[int]:
+def encode(text: str, ids: Mapping[str, int] = WORD_IDS) -> list[int]:
     """Word ids of `text`, lower-cased; a word outside the vocabulary becomes `UNK`."""
-    return [WORD_IDS.get(word, UNK) for word in _TOKEN.findall(text.lower())]
+    return [ids.get(word, UNK) for word in _TOKEN.findall(text.lower())]

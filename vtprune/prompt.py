@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from vtprune.videos import Video
 
-__all__ = ["Question", "chat_text", "processor_inputs", "prompt_inputs", "read_video"]
+__all__ = ["Question", "chat_text", "plain_media", "processor_inputs", "prompt_inputs", "read_video"]
 
 # families whose processors take what qwen-vl-utils makes
 _QWEN = ("qwen2_vl", "qwen3_vl")
@@ -46,7 +46,7 @@ def prompt_inputs(model: Any, processor: Any, questions: Sequence[Question]) -> 
         raise InputError(f"{type(model).__name__} reads no videos. Pass images, or a model such as Qwen2-VL.")
     chats = [[{"role": "user", "content": _content(question)}] for question in questions]
     texts = [chat_text(processor, question) for question in questions]
-    media = _qwen_media(processor, chats) if _is_qwen(model) else _media(questions)
+    media = _qwen_media(processor, chats) if _is_qwen(model) else plain_media(questions)
     return dict(processor_inputs(processor, texts, model.device, model.dtype, **media))
 
 
@@ -149,8 +149,8 @@ def _qwen_media(processor: Any, chats: list[list[dict[str, Any]]]) -> dict[str, 
     return media
 
 
-def _media(questions: Sequence[Question]) -> dict[str, Any]:
-    """Images and videos as the processor itself takes them."""
+def plain_media(questions: Sequence[Question]) -> dict[str, Any]:
+    """Images and videos as processors themselves take them, all frames of a video among its tokens."""
     import numpy as np
 
     images = [image for question in questions for image in question.images]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ import vtprune
 from vtprune.budget import parse_keep
 from vtprune.errors import InputError
 from vtprune.plan import Plan
+from vtprune.prompt import Question, plain_media, read_video
 from vtprune.stopwatch import timer
+from vtprune.videos import Video
 
 __all__ = [
     "UNPRUNED",
@@ -22,14 +25,18 @@ __all__ = [
     "cut_answer",
     "default_device",
     "generation_arguments",
-    "image_token",
+    "media_arguments",
     "read_batch_size",
+    "read_medium",
+    "visual_tokens",
 ]
 
 UNPRUNED = "none"
 """Value of `method=` that attaches nothing."""
 
 _DEFAULT_NEW_TOKENS = 128
+# of films that come as frames alone; the usual rate at which they are cut into frames
+_FRAMES_A_SECOND = 2.0
 
 
 class PrefillClock(LogitsProcessor):
@@ -91,16 +98,43 @@ def default_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
-def image_token(config: Any) -> int:
-    """Id of the placeholder that stands for one visual token.
+def visual_tokens(config: Any, input_ids: torch.Tensor) -> list[int]:
+    """How many placeholders of images and of videos stand in each row of `input_ids` [B, L].
 
     Raises:
-        InputError: if the config names none.
+        InputError: if the config names no image token.
     """
-    for name in ("image_token_id", "image_token_index"):
-        if getattr(config, name, None) is not None:
-            return int(getattr(config, name))
-    raise InputError(f"the config {type(config).__name__} names no image token, so visual tokens cannot be counted.")
+    marks = [getattr(config, f"{kind}_token_{end}", None) for kind in ("image", "video") for end in ("id", "index")]
+    if marks[0] is None and marks[1] is None:
+        raise InputError(
+            f"the config {type(config).__name__} names no image token, so visual tokens cannot be counted."
+        )
+    known = torch.tensor([mark for mark in marks if mark is not None], device=input_ids.device)
+    return torch.isin(input_ids, known).sum(1).tolist()
+
+
+def read_medium(model: Any, processor: Any, medium: Any) -> Any:
+    """What a task shows, as an image or as a `Video`: the path of a film is read, a list is taken for its frames.
+
+    Raises:
+        InputError: if there are frames or a film, and the model reads none.
+    """
+    is_path = isinstance(medium, (str, Path))
+    if not is_path and not isinstance(medium, (list, tuple, Video)):
+        return medium
+    if getattr(processor, "video_processor", None) is None:
+        raise InputError(
+            f"{type(model).__name__} reads no videos; leave out the task or take a model such as Qwen2-VL."
+        )
+    if is_path:
+        return read_video(model, Path(medium))
+    return medium if isinstance(medium, Video) else Video(tuple(medium), _FRAMES_A_SECOND)
+
+
+def media_arguments(media: Sequence[Any]) -> dict[str, Any]:
+    """Images and `Video`s of a batch, in order, in a processor's words."""
+    films = tuple(medium for medium in media if isinstance(medium, Video))
+    return plain_media([Question("", tuple(m for m in media if not isinstance(m, Video)), films)])
 
 
 def generation_arguments(settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from vtprune.draw import Drawing, draw_kept
 from vtprune.eval.harness import Harness, Sample
 from vtprune.eval.rows import UNPRUNED_ROW, Row
 from vtprune.eval.sweep import SweepResult
+from vtprune.videos import Video
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
@@ -46,14 +47,14 @@ def make_examples(result: SweepResult, harness: Harness, lm: VtpruneChat, per_ta
     """The first images of each task under one budget, every method side by side.
 
     The budget is the one in the middle of the sweep. Of an image that is cut into crops the finest grid is drawn.
-    Prompts with several images are left out.
+    Prompts with several images or a video are left out.
     """
     rows = _one_budget(result.rows)
     examples = []
     for task in result.rows[0].tasks:
         for place, prompt in enumerate(harness.prompts(lm, task, per_task)):
             asked = _sample(result, UNPRUNED_ROW, task, place)
-            if len(prompt[1]) != 1:
+            if len(prompt[1]) != 1 or isinstance(prompt[1][0], Video):
                 continue
             inputs = lm.encode([prompt])
             picture = _as_seen(inputs["pixel_values"], prompt[1][0], lm.processor.image_processor)

@@ -26,6 +26,7 @@ from vtprune.processes import from_main
 
 if TYPE_CHECKING:
     from vtprune.eval.lmms_base import LmmsVtprune
+    from vtprune.eval.lmms_model import VtpruneChat
 
 __all__ = ["Asked", "Harness", "Sample", "quiet", "require_lmms_eval"]
 
@@ -221,14 +222,14 @@ class Harness:
         docs = self._tasks[task].eval_docs
         return [docs[index] for index in range(min(count, len(docs)))]
 
-    def prompts(self, model: LmmsVtprune, task: str, count: int) -> list[tuple[str, list[Any]]]:
-        """(prompt text, images) of the first questions of a task, as `model` asks them."""
+    def prompts(self, model: VtpruneChat, task: str, count: int) -> list[tuple[str, Sequence[Any]]]:
+        """(prompt text, images and videos) of the first questions of a task, as `model` asks them."""
         from lmms_eval.protocol import ChatMessages
 
         prompts = []
         for doc in self.documents(task, count):
             messages = ChatMessages(messages=self._tasks[task].doc_to_messages(doc))
-            prompts.append((model.prompt(messages.to_hf_messages()), messages.extract_media()[0]))
+            prompts.append(model.read(messages, task))
         return prompts
 
     def image_ids(self, task: str) -> list[str]:

@@ -24,8 +24,9 @@ from vtprune.eval.asking import (
     cut_answer,
     default_device,
     generation_arguments,
-    image_token,
+    media_arguments,
     read_batch_size,
+    visual_tokens,
 )
 from vtprune.eval.counts import BatchCost, PrunedTokenCounts, Totals
 from vtprune.eval.replaying import Replaying
@@ -55,7 +56,7 @@ _ARGUMENTS = (
 
 
 class Request(NamedTuple):
-    """One question: what makes its prompt (text, images), the task's generation settings, where it is from."""
+    """One question: what makes its prompt (text, media), the task's generation settings, where it is from."""
 
     make: Callable[[], Prompt]
     settings: dict[str, Any]
@@ -187,10 +188,10 @@ class LmmsVtprune(lmms):
             super().clean()
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
-        """Left-padded model inputs, on the model's device, of (prompt text, its images) pairs."""
-        images = [image for _, pictures in prompts for image in pictures]
+        """Left-padded model inputs, on the model's device, of (prompt text, its images and `Video`s) pairs."""
+        media = media_arguments([medium for _, shown in prompts for medium in shown])
         texts = [text for text, _ in prompts]
-        return processor_inputs(self.processor, texts, self.device, self._model.dtype, images=images or None)
+        return processor_inputs(self.processor, texts, self.device, self._model.dtype, **media)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Messages in the model's own chat format."""
@@ -203,7 +204,7 @@ class LmmsVtprune(lmms):
         """Generate for one batch.
 
         Args:
-            prompts: (text, images) pairs.
+            prompts: (text, images and videos) pairs.
             settings: the task's generation arguments.
             places: task and doc id of each prompt; read only while recorded sets are replayed.
 
@@ -229,7 +230,7 @@ class LmmsVtprune(lmms):
         counts = PrunedTokenCounts.of_batch(
             prompt=inputs["attention_mask"].sum(1).tolist(),
             answer=(new != pad).sum(1).tolist(),
-            visual=(inputs["input_ids"] == image_token(self._model.config)).sum(1).tolist(),
+            visual=visual_tokens(self._model.config, inputs["input_ids"]),
             report=report,
             batch=BatchCost.of(f"{self.rank}-{self._batches_asked}", len(prompts), clock.milliseconds, report),
             save_kept=self.save_kept,

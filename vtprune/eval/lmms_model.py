@@ -1,7 +1,7 @@
 """The lmms-eval model `vtprune`: any supported Hugging Face VLM, pruned by any method, in batches.
 
 Both classes read the same model arguments (`pretrained=tiny:llava,method=fastv,keep=0.25`); the chat class formats
-prompts from messages, the simple class from a context and a list of images.
+prompts from messages, the simple class from a context and a list of images or videos.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 from lmms_eval.protocol import ChatMessages
 
 from vtprune.errors import InputError
+from vtprune.eval.asking import read_medium
 from vtprune.eval.lmms_base import LmmsVtprune, Prompt, Request
+from vtprune.videos import Video
 
 __all__ = ["VtpruneChat", "VtpruneSimple"]
 
@@ -26,12 +28,21 @@ class VtpruneChat(LmmsVtprune):
 
         def make() -> Prompt:
             messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-            images, videos, audios = messages.extract_media()
-            if videos or audios:
-                raise InputError(f"task {task!r} asks about video or audio; the model 'vtprune' takes images and text.")
-            return self.prompt(messages.to_hf_messages()), images
+            return self.read(messages, task)
 
         return Request(make, settings, task, int(doc_id))
+
+    def read(self, messages: ChatMessages, task: str) -> Prompt:
+        """Messages as a prompt: text in the model's chat format, images and videos in order.
+
+        Raises:
+            InputError: if there is audio, or a video that the model cannot read.
+        """
+        images, videos, audios = messages.extract_media()
+        if audios:
+            raise InputError(f"task {task!r} asks about audio; the model 'vtprune' takes images, videos and text.")
+        films = [read_medium(self.model, self.processor, video) for video in videos]
+        return self.prompt(messages.to_hf_messages()), [*images, *films]
 
 
 class VtpruneSimple(LmmsVtprune):
@@ -43,9 +54,10 @@ class VtpruneSimple(LmmsVtprune):
         context, settings, doc_to_visual, doc_id, task, split = arguments
 
         def make() -> Prompt:
-            images = list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
+            shown = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+            media = [read_medium(self.model, self.processor, medium) for medium in shown]
             text = context.replace("<image>", "").strip()
-            content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-            return self.prompt([{"role": "user", "content": content}]), images
+            content = [{"type": "video" if isinstance(medium, Video) else "image"} for medium in media]
+            return self.prompt([{"role": "user", "content": [*content, {"type": "text", "text": text}]}]), media
 
         return Request(make, settings, task, int(doc_id))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vtprune.eval import BUNDLED_TASKS
+from vtprune.eval import DEFAULT_TASKS
 
 __all__ = ["SUITES", "expand_suites"]
 
 SUITES: dict[str, tuple[str, ...]] = {
     # offline, for the embedded models
-    "embedded": tuple(BUNDLED_TASKS),
+    "embedded": DEFAULT_TASKS,
+    # offline, one ability each (docs/tasks.md)
+    "abilities": ("vtp_words", "vtp_count", "vtp_fine", "vtp_pairs", "vtp_video"),
     # the tables of FastV, SparseVLM, VisionZip, FlowCut and others on LLaVA-1.5. MMBench is the variant that is scored
     # by rule; TextVQA asks without OCR tokens, where the papers' prompts have them; VQAv2 and VizWiz are the validation
     # sets, where the papers ask their test servers

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vtprune.tiny.scenes import Question
 
 __all__ = [
+    "asked_now",
     "doc_to_messages",
     "doc_to_text",
     "doc_to_visual",
@@ -28,6 +29,7 @@ __all__ = [
     "mean_over_kinds",
     "normalise",
     "process_results",
+    "question_docs",
     "question_seed",
     "scenes_docs",
 ]
@@ -40,22 +42,29 @@ _YES_NO = frozenset({"yes", "no"})
 _SHAPES = frozenset({"circle", "rectangle", "triangle"})
 
 Doc = dict[str, Any]
-Pictures = list[tuple["Image.Image", "list[Question]"]]
+Pictures = Sequence[tuple["Image.Image | Sequence[Image.Image]", "list[Question]"]]
 
 
 def _easy_kind(answer: str) -> str:
     return "yes/no" if answer in _YES_NO else "shape" if answer in _SHAPES else "color"
 
 
-def _docs(pictures: Pictures, kind_of: Callable[[Question], str]) -> Dataset:
-    """One row a question, the n-th questions of all images before the (n+1)-th."""
+def _encoded(image: Image.Image) -> Doc:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def question_docs(pictures: Pictures, kind_of: Callable[[Question], str]) -> Dataset:
+    """One row a question, the n-th questions of all images before the (n+1)-th.
+
+    Where a question has several pictures, or the frames of a film, the column `image` is a list.
+    """
     import datasets
 
-    encoded = []
-    for image, _ in pictures:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    encoded = [
+        [_encoded(one) for one in image] if isinstance(image, Sequence) else _encoded(image) for image, _ in pictures
+    ]
     rows = []
     for turn in range(max((len(questions) for _, questions in pictures), default=0)):
         for place, (_, questions) in enumerate(pictures):
@@ -73,8 +82,14 @@ def _docs(pictures: Pictures, kind_of: Callable[[Question], str]) -> Dataset:
                 )
     text = datasets.Value("string")
     names = ("question_id", "image_id", "question", "answer", "kind")
-    features = datasets.Features({**dict.fromkeys(names, text), "image": datasets.Image()})
+    shown = [datasets.Image()] if isinstance(encoded[0], list) else datasets.Image()
+    features = datasets.Features({**dict.fromkeys(names, text), "image": shown})
     return datasets.Dataset.from_list(rows, features=features)
+
+
+def asked_now() -> tuple[str, int]:
+    """(split, seed) of the questions that tasks loaded now ask."""
+    return _ASKED.get()
 
 
 @contextmanager
@@ -98,7 +113,7 @@ def scenes_docs(_stub: Dataset) -> Dataset:
     # offset 1: seed 0 of the test split belongs to the model card of the embedded model
     split, seed = _ASKED.get()
     pictures = scene_questions(split, IMAGES, seed + 1, QUESTIONS_PER_IMAGE)
-    return _docs(pictures, lambda question: question.kind)
+    return question_docs(pictures, lambda question: question.kind)
 
 
 def easy_vqa_docs(_stub: Dataset) -> Dataset:
@@ -108,12 +123,13 @@ def easy_vqa_docs(_stub: Dataset) -> Dataset:
     # offset 1: the generator leaves seed 0 unshuffled, and the package groups the questions of an image by type
     split, seed = _ASKED.get()
     pictures = easy_vqa_questions(split, IMAGES, seed + 1, QUESTIONS_PER_IMAGE)
-    return _docs(pictures, lambda question: _easy_kind(question.answer))
+    return question_docs(pictures, lambda question: _easy_kind(question.answer))
 
 
 def doc_to_visual(doc: Doc, lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> list[Image.Image]:
-    """The one image of a question."""
-    return [doc["image"].convert("RGB")]
+    """The image of a question, or its images."""
+    images = doc["image"] if isinstance(doc["image"], list) else [doc["image"]]
+    return [image.convert("RGB") for image in images]
 
 
 def doc_to_text(doc: Doc, lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> str:
@@ -123,7 +139,7 @@ def doc_to_text(doc: Doc, lmms_eval_specific_kwargs: Mapping[str, str] | None = 
 
 
 def doc_to_messages(doc: Doc, lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> list[Doc]:
-    """One user turn: the image, then the question."""
+    """One user turn: the images, then the question."""
     content: list[Doc] = [{"type": "image", "url": image} for image in doc_to_visual(doc)]
     content.append({"type": "text", "text": doc_to_text(doc, lmms_eval_specific_kwargs)})
     return [{"role": "user", "content": content}]

@@ -393,7 +393,7 @@ def test_two_processes_say_what_one_says(folder: Path, tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("Accuracy against token budget") == 1
-    one, two = (lines(out / "predictions.jsonl") for out in outs.values())
+    one, two = ((out / "predictions.jsonl").read_bytes() for out in outs.values())
     assert one == two
     rows = [{row.name: row for row in read_rows(out / "rows.jsonl")} for out in outs.values()]
     for name, row in rows[0].items():
@@ -430,3 +430,18 @@ def test_a_process_that_breaks_fails_the_cell_and_not_the_sweep(folder: Path, tm
     status = {row.name: row.status for row in read_rows(tmp_path / "out" / "rows.jsonl")}
     assert status == {"unpruned": "ok", "fastv 1/4": "failed", "random 1/4": "ok"}
     assert "process 1 broke" in done.stdout
+
+
+# large models
+
+
+def test_a_checkpoint_can_be_spread_over_devices(folder: Path, whole: Path, tmp_path: Path) -> None:
+    result = run(folder, tmp_path, "--device-map auto --methods fastv --keeps 1/4")
+    assert result.exit_code == 0, result.output
+    expected = {row.name: row for row in read_rows(whole / "rows.jsonl")}
+    for row in read_rows(tmp_path / "rows.jsonl"):
+        assert row.tasks == expected[row.name].tasks
+        assert row.kept_hash == expected[row.name].kept_hash
+    refused = CliRunner().invoke(app, ["eval", "--device-map", "auto", "--out", str(tmp_path / "no")])
+    assert refused.exit_code == 2
+    assert "'tiny:llava' fits one" in re.sub(r"[\s│]+", " ", refused.output)

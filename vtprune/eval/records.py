@@ -11,12 +11,17 @@ from vtprune.eval.sweep import SweepResult
 
 __all__ = ["write_predictions", "write_records"]
 
+_COSTS = ("flops", "flops_full", "flops_share", "kv_share", "prefill_ms", "batch", "batch_size", "kept")
+
 
 def write_predictions(result: SweepResult, path: Path) -> None:
-    """One JSON object a question and cell: what was answered, and a name for what was kept."""
+    """One JSON object a question and cell: what was answered, and a name for what was kept.
+
+    What the batch cost is left out, so that the same answers make the same file whoever shared the work.
+    """
     with path.open("w", encoding="utf-8") as file:
         for line in _lines(result):
-            file.write(json.dumps({name: value for name, value in line.items() if name != "kept"}) + "\n")
+            file.write(json.dumps({name: value for name, value in line.items() if name not in _COSTS}) + "\n")
 
 
 def write_records(result: SweepResult, path: Path) -> None:

@@ -57,6 +57,11 @@ FlopsConventions = Annotated[
     bool, typer.Option("--flops-conventions", help="Tables also show FLOPs in the three units that papers use.")
 ]
 
+Rounds = Annotated[
+    int | None,
+    typer.Option(help=f"Measurements of each prefill, 0 for no times. (default: {ROUNDS}, {FAST_ROUNDS} if fast)"),
+]
+
 Seeds = Annotated[
     str,
     typer.Option(help="Comma-separated, of bundled questions and methods that draw; rows have all their answers."),

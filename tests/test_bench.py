@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -493,3 +494,24 @@ def test_bench_command_writes_rows(tmp_path: Path) -> None:
     assert {row["model"] for row in rows} == {"random:mini"}
     assert {row["threads"] for row in rows} == {2}
     assert "unpruned" in result.output
+
+
+def test_rows_name_the_commit_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtprune.bench import provenance
+
+    package = tmp_path / "vtprune" / "bench"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    # installed, not cloned
+    assert provenance.source_commit() is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    found = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    commit = provenance.source_commit()
+    assert commit
+    assert found.startswith(commit)
+    (tmp_path / "file").write_text("a", encoding="utf-8")
+    subprocess.run([*git, "add", "file"], check=True)
+    assert provenance.source_commit() == f"{commit}-dirty"
+    assert provenance.provenance(torch.device("cpu"))["commit"] == f"{commit}-dirty"

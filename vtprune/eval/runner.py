@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from vtprune.bench.provenance import source_commit
 from vtprune.errors import InputError, VtpruneError
 from vtprune.eval.against import compare
 from vtprune.eval.asker import Asker
@@ -113,7 +114,7 @@ def run_sweep(
 def _described(sweep: Sweep, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what rows were made with, what their cells are found again by)."""
     run: dict[str, Any] = {"model": sweep.model, "seed": sweep.seed, "limit": sweep.limit}
-    run |= {"batch_size": sweep.batch_size, "command": sweep.command, **facts}
+    run |= {"batch_size": sweep.batch_size, "command": sweep.command, "commit": source_commit(), **facts}
     if len(sweep.seeds) > 1:
         run["seeds"] = list(sweep.seeds)
     # threads share out the work; they are no other question

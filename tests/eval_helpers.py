@@ -72,6 +72,19 @@ def untimed(samples: list[Sample]) -> list[Sample]:
     ]
 
 
+class Silent:
+    """Progress for nobody; remembers the phases."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+
+    def start(self, title: str, steps: int) -> None:
+        self.phases.append(title)
+
+    def step(self, title: str, count: int = 1) -> None:
+        pass
+
+
 def save_askable(folder: Path) -> Path:
     """The random LLaVA of `models` with a word tokenizer and an image processor, as a checkpoint folder."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers

@@ -29,19 +29,6 @@ if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
 
 
-class Silent:
-    """Progress for nobody; remembers the phases."""
-
-    def __init__(self) -> None:
-        self.phases: list[str] = []
-
-    def start(self, title: str, steps: int) -> None:
-        self.phases.append(title)
-
-    def step(self, title: str, count: int = 1) -> None:
-        pass
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _few_images():
     # here and not at the top: importing lmms-eval takes seconds, which collecting the tests should not

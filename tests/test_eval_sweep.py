@@ -278,6 +278,16 @@ def test_suites_are_tasks_of_lmms_eval() -> None:
         check_names(["llava_15"], manager)
 
 
+def test_families_are_asked_with_their_own_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtprune.eval.runner import run_sweep
+    from vtprune.eval.sweep import Sweep
+
+    for model, name in (("tiny:llava", "llava_hf"), ("tiny:qwen2_vl", "qwen2_vl"), ("tiny:internvl", "internvl_hf")):
+        sweep = Sweep((), (), ("vtp_scenes",), model, limit=1, rounds=0, against=None)
+        _, harness, _ = run_sweep(sweep, eval_helpers.Silent())
+        assert harness._manager.model_name == name
+
+
 # broken tasks
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import vtprune
 from vtprune.errors import BudgetError, InputError, PlanError, UnknownNameError
-from vtprune.specs import parse_chain, parse_method, row_chain, split_methods, sweep_methods
+from vtprune.specs import parse_chain, parse_method, row_chain, split_methods, sweep_methods, with_seed
 
 
 def test_separators_inside_brackets_do_not_split() -> None:
@@ -168,3 +168,21 @@ def test_a_text_that_ends_in_json_is_a_saved_plan(tmp_path: Path) -> None:
     deep.save(path)
     with pytest.raises(PlanError, match=r"layer\[30\] is outside the decoder, which has layers 0 to"):
         vtprune.prune(model, str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "seeded"),
+    [
+        ("random", "random(seed=3)"),
+        ("flowcut@1/2+random", "flowcut@1/2+random(seed=3)"),
+        ("random@1/2+fastv(layer=2)", "random(seed=3)@1/2+fastv(layer=2)"),
+        # what the user set stays
+        ("random(seed=7)", "random(seed=7)"),
+        ("fastv", "fastv"),
+        ("fastv(positions='compact')@64+pool", "fastv(positions='compact')@64+pool"),
+    ],
+)
+def test_methods_that_draw_take_a_seed(text: str, seeded: str) -> None:
+    assert with_seed(text, 3) == seeded
+    assert [type(m) for m in parse_chain(seeded).methods] == [type(m) for m in parse_chain(text).methods]
+    assert parse_chain(seeded).fixed == parse_chain(text).fixed

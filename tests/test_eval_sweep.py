@@ -135,6 +135,25 @@ def test_a_changed_checkpoint_is_another_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{ }", encoding="utf-8")
     assert settings_of(str(tmp_path), {}) != before
     assert settings_of("org/model", {"torch": "2"}) != settings_of("org/model", {"torch": "3"})
+    assert settings_of("tiny:llava", {})["files"] != settings_of("tiny:internvl", {})["files"] != []
+
+
+def test_changed_code_asks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vtprune
+    from vtprune.eval import store
+
+    (tmp_path / "scorers").mkdir()
+    (tmp_path / "__init__.py").write_text("", encoding="utf-8")
+    scorer = tmp_path / "scorers" / "a.py"
+    scorer.write_text("x = 1", encoding="utf-8")
+    monkeypatch.setattr(vtprune, "__file__", str(tmp_path / "__init__.py"))
+    found = []
+    for text in ("x = 1", "x = 2", "x = 1"):
+        scorer.write_text(text, encoding="utf-8")
+        store._code.cache_clear()
+        found.append(settings_of("org/model", {})["code"])
+    store._code.cache_clear()
+    assert found[0] == found[2] != found[1]
 
 
 # resuming
@@ -158,8 +177,9 @@ def test_a_repeated_sweep_asks_nothing_and_says_the_same(
     result = run(folder, out, "--methods random --keeps 1/2,1/8")
     assert "4 cells were there already" in result.output
     assert [row["keep"] for row in figures(out)] == ["1", "1/2", "1/8"]
-    result = run(folder, out, "--methods random --keeps 1/2 --fresh")
-    assert "there already" not in result.output
+    for other in ("--fresh", "--limit 2", "--batch-size 2", "--dtype bfloat16", "--seeds 4", "--no-save-kept"):
+        result = run(folder, out, f"--methods random --keeps 1/2 --rounds 0 --tasks vtp_scenes {other}")
+        assert "there already" not in result.output, other
 
 
 @pytest.mark.slow

@@ -7,17 +7,20 @@ loses at most the cell it was at.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import vtprune
 from vtprune.errors import InputError
 from vtprune.eval.harness import Sample
 from vtprune.files import replace_file
+from vtprune.tiny import tiny_folder
 
 __all__ = ["CellKey", "CellResult", "CellStore", "read_cell", "read_cells", "settings_of"]
 
@@ -148,9 +151,24 @@ def read_cell(path: Path) -> tuple[dict[str, Any], CellResult]:
 
 
 def settings_of(model: str, versions: Mapping[str, str], **more: Any) -> dict[str, Any]:
-    """What a key holds beside its cell: the model with the sizes and times of a local folder's files, and versions."""
-    folder, files = Path(model).expanduser(), []
+    """What a key holds beside its cell: the model with its local files, versions, and this package's own code."""
+    kind, _, name = model.partition(":")
+    folder = tiny_folder(name) if kind == "tiny" else Path(model).expanduser()
+    files = []
     if folder.is_dir():
-        wanted: Sequence[Path] = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
-        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in wanted]
-    return {"model": model, "files": files, "versions": dict(versions), **more}
+        wanted = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".jinja", ".gz"))
+        # an embedded model's files are as old as the installation
+        files = [
+            (str(p.relative_to(folder)), p.stat().st_size, None if kind == "tiny" else p.stat().st_mtime_ns)
+            for p in wanted
+        ]
+    return {"model": model, "files": files, "versions": dict(versions), "code": _code(), **more}
+
+
+@functools.cache
+def _code() -> str:
+    """A digest of this package's modules, so that whoever changes one is not shown old answers."""
+    root, digest = Path(vtprune.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -441,7 +441,7 @@ def test_a_process_that_breaks_fails_the_cell_and_not_the_sweep(folder: Path, tm
         "from vtprune.eval.lmms_base import LmmsVtprune\n"
         "real = LmmsVtprune.answer\n"
         "def answer(self, *a, **k):\n"
-        "    if os.environ['RANK'] == '1' and self.session and 'fastv' in str(self.session.plan):\n"
+        "    if os.environ['RANK'] == '1' and self.session and 'FastV' in str(self.session.plan):\n"
         "        raise KeyError('rank 1 broke')\n"
         "    return real(self, *a, **k)\n"
         "LmmsVtprune.answer = answer\n"
@@ -457,9 +457,15 @@ def test_a_process_that_breaks_fails_the_cell_and_not_the_sweep(folder: Path, tm
     command += ["--tasks", "vtp_scenes", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    status = {row.name: row.status for row in read_rows(tmp_path / "out" / "rows.jsonl")}
-    assert status == {"unpruned": "ok", "fastv 1/4": "failed", "random 1/4": "ok"}
-    assert "process 1 broke" in done.stdout
+    rows = {row.name: row for row in read_rows(tmp_path / "out" / "rows.jsonl")}
+    assert {name: row.status for name, row in rows.items()} == {
+        "unpruned": "ok",
+        "fastv 1/4": "failed",
+        "random 1/4": "ok",
+    }
+    assert "process 1 broke" in rows["fastv 1/4"].message
+    assert "KeyError: 'rank 1 broke'" in rows["fastv 1/4"].message
+    assert "FAILED fastv 1/4" in done.stdout
 
 
 # large models

@@ -71,10 +71,13 @@ def test_beams_share_the_set_of_their_prompt() -> None:
     _, _, (plan, report) = run("random", 5)
     model, inputs = models.llava(), models.batch(*ROWS)
     beams: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
-    with vtprune.prune(model, "random", 5):
+    with vtprune.prune(model, "random", 5) as session:
         expected = model.generate(**inputs, **beams)
-    with vtprune.prune(model, vtprune.replay(plan, report.kept)):
+        sets = [indices.tolist() for indices in session.report.kept[0].indices]
+    with vtprune.prune(model, vtprune.replay(plan, report.kept)) as session:
         assert torch.equal(model.generate(**inputs, **beams), expected)
+        assert [indices.tolist() for indices in session.report.kept[0].indices] == sets
+    assert sets[0] == sets[2] != sets[3] == sets[5]
 
 
 def test_a_restart_goes_in_with_its_survivors() -> None:

@@ -171,9 +171,9 @@ class Totals:
             totals.visual_tokens += count.get("visual_tokens", 0)
             totals.average_tokens += count.get("average_tokens", 0.0)
             batches.setdefault((count.get("batch") or {}).get("name", ""), []).append(count)
-        for name, members in batches.items():
+        for members in batches.values():
             cost = members[0].get("batch")
-            if not name or not cost["flops_full"]:
+            if cost is None or not cost["flops_full"]:
                 continue
             samples = [(c["text_tokens"], c["visual_tokens"]) for c in members for _ in range(cost["rows"])]
             totals.batches.append(tuple(samples))

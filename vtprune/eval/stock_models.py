@@ -62,7 +62,7 @@ class PrunedStock:
         # with several processes the stock classes choose each one's GPU, unless told a map
         if device_map is not None or not several_processes():
             stock["device_map"] = device_map or device
-        super().__init__(device=device, **stock)
+        super().__init__(device=device, **stock)  # type: ignore[call-arg]
         self.session = attach_to(self.model, Plan.load(plan) if plan else method, keep, basis=basis, flops=flops)
 
     def generate_until(self, requests: list[Any]) -> Any:

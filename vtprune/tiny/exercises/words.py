@@ -23,7 +23,7 @@ def words(rng: np.random.Generator, split: str) -> Exercise:
     drafts: list[Draft] = []
     for text, ink in list(zip(texts, inks, strict=True))[: int(rng.integers(3, 6))]:
         mask = lettering(text)
-        box = place(rng, *mask.shape, taken, _GAP)
+        box = place(rng, mask.shape[0], mask.shape[1], taken, _GAP)
         if box is None:
             continue
         taken.append(box)

@@ -395,5 +395,6 @@ def test_the_page_holds_the_summary(tmp_path: Path) -> None:
     assert "too few points: 1" in page
     # counts sort by value and are left out where nobody asked
     assert '<td data-value="7.634">7.634</td>' in page
-    assert "image MACs" not in bare
+    assert "image FLOPs" in page
+    assert "image FLOPs" not in bare
     assert "Which method is ahead" not in bare

@@ -151,12 +151,14 @@ def _names(text: str) -> tuple[str, ...]:
 def _sweep(*, methods: str, keeps: str, **settings: object) -> Sweep:
     """Validate what the user wrote, before anything heavy is loaded."""
     from vtprune.eval.harness import require_lmms_eval
+    from vtprune.eval.interactive import require_plotly
     from vtprune.eval.sweep import Sweep
 
     read = tuple(parse_keeps(keeps))
     if settings["basis"] not in ("average", "final"):
         raise InputError(f"basis must be average or final, got {settings['basis']!r}.")
     require_matplotlib("vtprune eval")
+    require_plotly()
     require_lmms_eval()
     command = "vtprune " + shlex.join(sys.argv[1:])
     return Sweep(methods=sweep_methods(methods), keeps=read, command=command, **settings)  # type: ignore[arg-type]

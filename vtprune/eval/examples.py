@@ -26,25 +26,46 @@ _SIDE = 192
 
 @dataclass(frozen=True)
 class Tile:
-    """One method on one image."""
+    """One method on one image.
+
+    Attributes:
+        caption: the row, and how many tokens outlive every stage.
+        prediction: what it answered.
+        right: that got the full score.
+        image: with the dropped tokens greyed out.
+        lost: the answer scores below the unpruned model's.
+    """
 
     caption: str
     prediction: str
     right: bool
     image: Image.Image
+    lost: bool = False
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question with the right answer, and what every method saw of the image."""
+    """One question with the right answer, and what every method saw of the image.
+
+    Attributes:
+        question, answer: of the task.
+        tiles: the unpruned model, then one a method.
+        task: its name.
+    """
 
     question: str
     answer: str
     tiles: tuple[Tile, ...]
+    task: str = ""
+
+    @property
+    def lost(self) -> int:
+        """How many methods scored below the unpruned model."""
+        return sum(tile.lost for tile in self.tiles)
 
 
-def make_examples(result: SweepResult, harness: Harness, lm: VtpruneChat, per_task: int = 2) -> list[Example]:
-    """The first images of each task under one budget, every method side by side.
+def make_examples(result: SweepResult, harness: Harness, lm: VtpruneChat, per_task: int = 3) -> list[Example]:
+    """Questions of each task under one budget, every method side by side; what pruning lost comes first.
 
     The budget is the one in the middle of the sweep. Of an image that is cut into crops the finest grid is drawn.
     Prompts with several images or a video are left out.
@@ -52,23 +73,63 @@ def make_examples(result: SweepResult, harness: Harness, lm: VtpruneChat, per_ta
     rows = _one_budget(result.rows)
     examples = []
     for task in result.rows[0].tasks:
-        for place, prompt in enumerate(harness.prompts(lm, task, per_task)):
-            asked = _sample(result, UNPRUNED_ROW, task, place)
-            if len(prompt[1]) != 1 or isinstance(prompt[1][0], Video):
+        ran = [row for row in rows if task in row.tasks]
+        # of several seeds the first is the harness's
+        said = {name: _first_by_doc(result, name, task) for name in (UNPRUNED_ROW, *(row.name for row in ran))}
+        found = 0
+        # a task of pairs or films has none to show: looking on would load all of them
+        for place in failures_first(said, per_task)[: 4 * per_task]:
+            text, media = harness.prompt_at(lm, task, place)
+            if found == per_task or len(media) != 1 or isinstance(media[0], Video):
                 continue
-            inputs = lm.encode([prompt])
-            picture = _as_seen(inputs["pixel_values"], prompt[1][0], lm.processor.image_processor)
-            tiles = [_tile("unpruned", asked, picture)]
-            for row in rows:
-                if task not in row.tasks:
-                    continue
+            found += 1
+            inputs = lm.encode([(text, media)])
+            picture = _as_seen(inputs["pixel_values"], media[0], lm.processor.image_processor)
+            asked = said[UNPRUNED_ROW][place]
+            tiles = [_tile("unpruned", asked, picture, asked)]
+            for row in ran:
                 report = _report(lm, row, inputs)
                 drawn = max(draw_kept(report, [picture]), key=lambda drawing: _tokens(report, drawing))
-                sample = _sample(result, row.name, task, place)
-                tiles.append(_tile(f"{row.name} ({len(report.kept[-1].indices[0])})", sample, drawn.picture))
-            examples.append(Example(asked.question, asked.answer, tuple(tiles)))
+                caption = f"{row.name} ({len(report.kept[-1].indices[0])})"
+                tiles.append(_tile(caption, said[row.name][place], drawn.picture, asked))
+            examples.append(Example(asked.question, asked.answer, tuple(tiles), task))
     lm.detach()
     return examples
+
+
+def failures_first(said: Mapping[str, Mapping[int, Sample]], wanted: int) -> list[int]:
+    """Doc ids in the order in which to show them.
+
+    First questions that the unpruned model answers right and pruned rows do not, those that most rows lost in front;
+    then, from the last of `wanted` places on, questions that all answer right (there is something to see in what was
+    kept there as well); then the rest.
+
+    Args:
+        said: answers of each row by doc id, the unpruned model's among them.
+        wanted: how many will be shown.
+    """
+    full = said[UNPRUNED_ROW]
+    rows = [answers for name, answers in said.items() if name != UNPRUNED_ROW]
+    places = [place for place in sorted(full) if all(place in answers for answers in rows)]
+    losses = {place: sum(_lost(answers[place], full[place]) for answers in rows) for place in places}
+    right = {place for place in places if full[place].score == 1.0}
+    lost = sorted((place for place in right if losses[place]), key=lambda place: (-losses[place], place))
+    kept = [place for place in places if place in right and all(answers[place].score == 1.0 for answers in rows)]
+    split = max(1, wanted - 1) if kept else wanted
+    chosen = [*lost[:split], *kept, *lost[split:]]
+    return chosen + [place for place in places if place not in {*chosen}]
+
+
+def _lost(sample: Sample, asked: Sample) -> bool:
+    return sample.score < asked.score
+
+
+def _first_by_doc(result: SweepResult, name: str, task: str) -> dict[int, Sample]:
+    """A row's answers by doc id, the first where there are several."""
+    found: dict[int, Sample] = {}
+    for sample in result.answers[name].samples[task]:
+        found.setdefault(sample.doc_id, sample)
+    return found
 
 
 def _one_budget(rows: Sequence[Row]) -> list[Row]:
@@ -104,9 +165,5 @@ def _as_seen(pixel_values: torch.Tensor, image: Image.Image, image_processor: An
     return image.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
 
 
-def _sample(result: SweepResult, name: str, task: str, place: int) -> Sample:
-    return next(sample for sample in result.answers[name].samples[task] if sample.doc_id == place)
-
-
-def _tile(caption: str, sample: Sample, image: Image.Image) -> Tile:
-    return Tile(caption, sample.prediction, sample.score == 1.0, image)
+def _tile(caption: str, sample: Sample, image: Image.Image, asked: Sample) -> Tile:
+    return Tile(caption, sample.prediction, sample.score == 1.0, image, _lost(sample, asked))

@@ -224,13 +224,14 @@ class Harness:
 
     def prompts(self, model: VtpruneChat, task: str, count: int) -> list[tuple[str, Sequence[Any]]]:
         """(prompt text, images and videos) of the first questions of a task, as `model` asks them."""
+        return [self.prompt_at(model, task, place) for place in range(min(count, len(self._tasks[task].eval_docs)))]
+
+    def prompt_at(self, model: VtpruneChat, task: str, place: int) -> tuple[str, Sequence[Any]]:
+        """(prompt text, images and videos) of the question with this doc id."""
         from lmms_eval.protocol import ChatMessages
 
-        prompts = []
-        for doc in self.documents(task, count):
-            messages = ChatMessages(messages=self._tasks[task].doc_to_messages(doc))
-            prompts.append(model.read(messages, task))
-        return prompts
+        entry = self._tasks[task]
+        return model.read(ChatMessages(messages=entry.doc_to_messages(entry.eval_docs[place])), task)
 
     def image_ids(self, task: str) -> list[str]:
         """For each document to train on the image it asks about; its place where the task does not say."""

@@ -1,4 +1,4 @@
-"""The sweep as one self-contained HTML page: plot, sortable table, kinds of question, pictures, how it was made."""
+"""The sweep as one self-contained HTML page: plots, summary, sortable table, pictures, papers, how it was made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from vtprune.eval.flops import flop_texts, flop_unit
+from vtprune.eval.interactive import figures_json, require_plotly
+from vtprune.eval.report_published import published_html
 from vtprune.eval.report_summary import summary_html
 from vtprune.eval.rows import UNPRUNED_ROW, Row
 from vtprune.eval.table import difference_of, headers, legend, percent, reference_of, row_cells, task_label, tasks_of
@@ -24,6 +26,20 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
+_PLOT_NOTE = (
+    "Bars are 95 % intervals over images. Point at a mark for its figures; click a method in the legend to hide it, "
+    "twice to see it alone. The broad line is the Pareto front: the best accuracy for so many FLOPs or less."
+)
+_STAYS_NOTE = (
+    "Chosen to show failures: questions that the unpruned model answers right and pruned rows do not come first "
+    "(framed in red), then one that all answer right. Tokens that outlive every stage (in brackets: how many), at the "
+    "budget in the middle of the sweep; the rest is greyed out. A method that drops inside the decoder has read the "
+    "grey cells in its first layers; one that merges has averaged them into the cells that are left."
+)
+_KINDS_NOTE = (
+    "Accuracy in percent; the number of questions stands beside each kind. Few questions a kind: read differences of a "
+    "few points as noise."
+)
 
 
 def write_report(
@@ -53,8 +69,12 @@ def write_report(
         summary=summary_html(rows, summary),
         table=_cells_table(rows, flop_unit(rows) if conventions else None),
         failures=_failures(rows),
-        kinds="".join(_kinds_table(rows, task) for task in tasks_of(rows)),
+        kinds=_kinds(rows),
         examples=_examples(examples),
+        published=published_html(rows),
+        plot_note=_PLOT_NOTE,
+        figures=figures_json(rows),
+        plotly=require_plotly(),
         command=escape(str(run.get("command") or "vtprune eval")),
         facts=_facts(run),
     )
@@ -115,9 +135,16 @@ def _beside(row: Row) -> str:
     )
 
 
+def _kinds(rows: Sequence[Row]) -> str:
+    """The tables of all tasks with kinds of question; nothing if none has."""
+    tables = "".join(_kinds_table(rows, task) for task in tasks_of(rows))
+    return tables and f'<h2>By kind of question</h2><p class="note">{escape(_KINDS_NOTE)}</p>{tables}'
+
+
 def _kinds_table(rows: Sequence[Row], task: str) -> str:
     """Accuracy of every cell by kind of question; nothing for a task without kinds."""
-    kinds = rows[0].tasks[task].kinds
+    # of the row that has the task: the unpruned one, unless the task failed there
+    kinds = next(row.tasks[task].kinds for row in rows if task in row.tasks)
     if not kinds:
         return ""
     titles = ["method", "keep", *(f"{kind} ({score.questions})" for kind, score in kinds.items())]
@@ -128,7 +155,10 @@ def _kinds_table(rows: Sequence[Row], task: str) -> str:
         keep = "all" if row.method == UNPRUNED_ROW else row.keep
         cells = [(row.method, row.method), (keep, _number(row.keep_value))]
         for kind in kinds:
-            score = row.tasks[task].kinds[kind]
+            score = row.tasks[task].kinds.get(kind)
+            if score is None:
+                cells.append(("-", ""))
+                continue
             spent = f" ({score.tokens:.0f} tokens)" if row.keep_value is None and score.tokens is not None else ""
             cells.append((f"{100 * score.accuracy:.0f}{spent}", _number(score.accuracy)))
         style = "unpruned" if row.method == UNPRUNED_ROW else ""
@@ -140,42 +170,43 @@ def _kinds_table(rows: Sequence[Row], task: str) -> str:
 
 def _failures(rows: Sequence[Row]) -> str:
     """Why cells have no figures."""
-    missing = [row for row in rows if row.status != "ok"]
-    if not missing:
+    found = [(f"{row.name}: {row.status}", row.message) for row in rows if row.status != "ok"]
+    found += [(f"{row.name}, {task_label(task)}", text) for row in rows for task, text in row.missing.items()]
+    if not found:
         return ""
-    parts = ["<h3>Cells without figures</h3>"]
-    for row in missing:
-        parts.append(f"<p>{escape(row.name)}: {escape(row.status)}</p><pre>{escape(row.message.strip())}</pre>")
-    return "".join(parts)
+    parts = [f"<p>{escape(title)}</p><pre>{escape(message.strip())}</pre>" for title, message in found]
+    return f"<details><summary>Cells without figures: {len(found)}</summary>{''.join(parts)}</details>"
 
 
-def _png(image: Image.Image) -> str:
+def _picture(image: Image.Image) -> str:
+    """A JPEG as text: a page has hundreds of these."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.convert("RGB").save(buffer, format="JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _examples(examples: Sequence[Example]) -> str:
     if not examples:
         return ""
-    parts = [
-        "<h2>What stays</h2>",
-        '<p class="note">Tokens that outlive every stage (in brackets: how many), at the budget in the middle of '
-        "the sweep; the rest is "
-        "greyed out. A method that drops inside the decoder has read the grey cells in its first layers; one that "
-        "merges has averaged them into the cells that are left.</p>",
-    ]
-    for example in examples:
-        parts.append(f"<p>{escape(example.question)} <b>{escape(example.answer)}</b></p>")
-        parts.append('<div class="tiles">')
-        for tile in example.tiles:
-            verdict = "right" if tile.right else "wrong"
-            parts.append(
-                f'<div class="tile"><img alt="{escape(tile.caption)}" src="data:image/png;base64,{_png(tile.image)}">'
-                f'{escape(tile.caption)}<span class="{verdict}">{escape(tile.prediction) or "(nothing)"}</span></div>'
-            )
-        parts.append("</div>")
+    parts = ["<h2>What stays</h2>", f'<p class="note">{escape(_STAYS_NOTE)}</p>']
+    for task in dict.fromkeys(example.task for example in examples):
+        parts.append(f"<h3>{escape(task_label(task))}</h3>" if task else "")
+        parts += [_example(example) for example in examples if example.task == task]
     return "".join(parts)
+
+
+def _example(example: Example) -> str:
+    lost = f" <span>lost by {example.lost} of {len(example.tiles) - 1}</span>" if example.lost else ""
+    tiles = []
+    for tile in example.tiles:
+        verdict = "right" if tile.right else "wrong"
+        source = f"data:image/jpeg;base64,{_picture(tile.image)}"
+        tiles.append(
+            f'<div class="tile{" lost" if tile.lost else ""}"><img alt="{escape(tile.caption)}" src="{source}">'
+            f'{escape(tile.caption)}<span class="{verdict}">{escape(tile.prediction) or "(nothing)"}</span></div>'
+        )
+    asked = f'<p class="question">{escape(example.question)} <b>{escape(example.answer)}</b>{lost}</p>'
+    return f'{asked}<div class="tiles">{"".join(tiles)}</div>'
 
 
 def _facts(run: dict[str, object]) -> str:

@@ -10,10 +10,12 @@ from vtprune.eval.summary import Area, Pair, Summary, TaskSummary
 from vtprune.eval.table import accuracy_text, keep_text, percent, points_text, task_label
 
 __all__ = [
+    "AREA_NOTE",
     "FRONT_NOTE",
+    "MEAN_NOTE",
     "MULTIPLE",
     "TEST_NOTE",
-    "area_note",
+    "area_range",
     "area_table",
     "pair_sentence",
     "summary_markdown",
@@ -21,6 +23,12 @@ __all__ = [
     "unpruned_table",
 ]
 
+AREA_NOTE = (
+    "Area under the accuracy-FLOPs curve: the mean accuracy over a range of FLOPs (trapezoids between the rows, the "
+    "unpruned model as the last point), divided by the unpruned accuracy; 1 is a method that loses nothing anywhere. "
+    "The range starts where every method that ran at all budgets has a row. 95 % intervals by bootstrap over images, "
+    "differences paired."
+)
 MULTIPLE = (
     "At each budget the best row beside the others. No interval is widened for the number of comparisons: of 20 "
     "differences that are truly zero, one looks like more."
@@ -31,6 +39,7 @@ TEST_NOTE = (
     "Intervals resample images, * where that of the points excludes 0; where images have several questions they are to "
     "be trusted over p."
 )
+MEAN_NOTE = "The mean of the tasks' areas, each with equal weight."
 FRONT_NOTE = "Rows that no other beats in accuracy and FLOPs at once, going by the figures alone, cheapest first:"
 
 
@@ -57,16 +66,11 @@ def unpruned_sentences(rows: Sequence[Row], task: str) -> Iterator[str]:
             )
 
 
-def area_note(found: TaskSummary) -> str:
-    """What the areas are, with the bounds of this run."""
+def area_range(found: TaskSummary) -> str:
+    """What the areas of a task are taken over."""
     if found.low is None:
         return "No method has an area: it takes rows at two budgets or more, and an unpruned model that answers."
-    return (
-        "Mean accuracy (trapezoids between the rows, the unpruned model as the last point) over "
-        f"{percent(found.low, 1)} to {percent(found.high)} of the unpruned decoder prefill FLOPs, divided by the "
-        "unpruned accuracy: 1 is a method that loses nothing anywhere. The range starts where every method that ran at "
-        "all budgets has a row. 95 % intervals by bootstrap over images, differences paired."
-    )
+    return f"Areas are over {percent(found.low, 1)} to {percent(found.high)} of the unpruned decoder prefill FLOPs."
 
 
 def area_table(found: TaskSummary) -> tuple[list[str], list[list[str]]]:
@@ -120,12 +124,12 @@ def summary_markdown(rows: Sequence[Row], summary: Summary) -> str:
         rows: of one sweep, the unpruned row first.
         summary: of the same rows.
     """
-    parts = ["# Summary", ""]
+    parts = ["# Summary", "", AREA_NOTE, ""]
     if summary.mean is not None:
-        parts += ["## All tasks", "", "The mean of the tasks' areas, each with equal weight.", ""]
+        parts += ["## All tasks", "", MEAN_NOTE, ""]
         parts += [_markdown_table(*area_table(summary.mean)), ""]
     for task, found in summary.tasks.items():
-        parts += [f"## {task_label(task)}", "", "### Area under the accuracy-FLOPs curve", "", area_note(found), ""]
+        parts += [f"## {task_label(task)}", "", "### Area under the accuracy-FLOPs curve", "", area_range(found), ""]
         parts += [_markdown_table(*area_table(found)), ""] if found.areas else []
         parts += ["### Pareto front", "", f"{FRONT_NOTE} {', '.join(found.front)}.", ""]
         parts += ["### Against the unpruned model", "", TEST_NOTE, "", _markdown_table(*unpruned_table(rows, task)), ""]

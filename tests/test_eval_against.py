@@ -292,10 +292,17 @@ def test_the_command_compares_and_isolates(
 
 def test_the_comparison_can_be_left_out(folder: Path, tmp_path: Path) -> None:
     command = f"eval --model {folder} --methods fastv --keeps 1/2 --limit 3 --fast --against none --out {tmp_path}"
-    result = CliRunner().invoke(app, command.split())
+    result = CliRunner().invoke(app, [*command.split(), "--flops-conventions"])
     assert result.exit_code == 0, result.output
-    assert [row.against for row in read_rows(tmp_path / "rows.jsonl")] == [None, None]
+    found = read_rows(tmp_path / "rows.jsonl")
+    assert [row.against for row in found] == [None, None]
     assert "random" not in result.output
+    # the option shows what the rows hold either way
+    assert all(row.flop_counts is not None for row in found)
+    assert "(YOPO)" in " ".join(result.output.split())
+    for name in ("table.md", "table.tex", "report.html"):
+        assert "image MACs, M" in (tmp_path / name).read_text(encoding="utf-8")
+    assert "cannot be told apart" in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
 # what the table says

@@ -24,6 +24,7 @@ _TOP = (
     "eval",
     "demo",
     "train",
+    "tune",
     "commands",
     "cli",
     "__main__",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vtprune.errors import UnknownNameError
+from vtprune.eval import BUNDLED_TASKS
 from vtprune.tiny import exercises, sprites, vocabulary
 from vtprune.tiny.exercises import KINDS, NEW_WORDS, TASKS, Exercise, exercise, exercise_questions
 from vtprune.tiny.exercises.base import LOOKS, Box, Thing
@@ -223,6 +227,19 @@ def test_letters_differ_and_no_letter_is_empty() -> None:
     assert all(glyph.shape == (7, 5) and glyph.sum() >= 6 for glyph in glyphs.values())
     assert len({glyph.tobytes() for glyph in glyphs.values()}) == len(glyphs)
     assert lettering("red").shape == (14, 34)
+
+
+def test_the_page_shows_the_figures_that_the_script_draws() -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    script, page = runpy.run_path(str(docs / "task_figures.py")), (docs / "tasks.md").read_text(encoding="utf-8")
+    for task in TASKS:
+        name = f"task_{task}.png"
+        assert f"](assets/{name})" in page
+        with Image.open(docs / "assets" / name) as shown:
+            drawn = script["draw"](task)
+            assert shown.size == drawn.size
+            assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(drawn.convert("RGB")))
+    assert all(f"`{task}`" in page for task in BUNDLED_TASKS)
 
 
 def test_unknown_names_are_refused() -> None:

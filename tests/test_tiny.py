@@ -158,14 +158,16 @@ def test_easy_vqa_splits_are_disjoint_and_repeatable() -> None:
 
 
 def test_shipped_files_stay_small() -> None:
-    folders = [tiny_folder(name) for name in MODELS]
+    names = [name for name in (*MODELS, "qwen2_vl_plus") if (tiny_folder(name) / "config.json").is_file()]
+    assert set(MODELS) <= set(names)
+    folders = [tiny_folder(name) for name in names]
     sizes = {file: file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()}
     weights = {file: size for file, size in sizes.items() if "safetensors" in file.name}
     predictors = sum(size for file, size in weights.items() if "predictors" in file.parts)
     assert sum(weights.values()) - predictors < 15_000_000
     assert 0 < predictors < 400_000
     assert sum(sizes.values()) < 15 * 2**20
-    for name, folder in zip(MODELS, folders, strict=True):
+    for name, folder in zip(names, folders, strict=True):
         card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
         assert f"--model {name} " in card or name == "llava"
 

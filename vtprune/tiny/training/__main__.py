@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 from vtprune.tiny.training.pipeline import measure, train, write
+from vtprune.tiny.training.plus.network import NAME as PLUS
+from vtprune.tiny.training.plus.pipeline import PHASES, run_phases
 from vtprune.tiny.training.recipe import recipe_for
 from vtprune.tiny.training.vlms import VLMS
 
@@ -19,13 +21,16 @@ _PHASES = ("all", "vision", "symbolic", "joint", "export", "measure", "card")
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vtprune.tiny.training", description=__doc__)
-    parser.add_argument("--model", choices=sorted(VLMS), default="llava", help="which of the tiny models")
+    parser.add_argument("--model", choices=sorted((*VLMS, PLUS)), default="llava", help="which of the tiny models")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs, weights and the exported model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phase", choices=_PHASES, default="all", help="run a single phase again")
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="split that `measure` uses")
     parser.add_argument("--quick", action="store_true", help="measure on few pictures")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.model == PLUS and arguments.phase not in PHASES:
+        parser.error(f"--model {PLUS} has the phases {', '.join(PHASES)}, got --phase {arguments.phase}")
+    return arguments
 
 
 def main() -> None:
@@ -35,6 +40,9 @@ def main() -> None:
     folder: Path = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
     phase, model = arguments.phase, arguments.model
+    if model == PLUS:
+        run_phases(phase, arguments.seed, folder, arguments.split, arguments.quick)
+        return
     recipe = recipe_for(model, arguments.seed)
     if phase not in ("export", "measure", "card"):
         train(phase, recipe, folder)

@@ -56,6 +56,10 @@ class Optimizer:
     def step(self, loss: torch.Tensor, factor: float) -> float:
         """One update at `factor` of the peak rates. Returns the gradient norm before clipping to 1."""
         loss.backward()
+        return self.update(factor)
+
+    def update(self, factor: float) -> float:
+        """As `step`, with the gradients that are there."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -78,9 +82,9 @@ def cosine(step: int, steps: int, warmup: int, floor: float = 0.03) -> float:
 class CurveLog:
     """Appends one JSON object a line; `t` is seconds since the log was opened."""
 
-    def __init__(self, path: Path, enabled: bool = True) -> None:
+    def __init__(self, path: Path, enabled: bool = True, append: bool = False) -> None:
         self.path, self.enabled, self.start = path, enabled, time.monotonic()
-        if enabled:
+        if enabled and not append:
             path.write_text("", encoding="utf-8")
 
     def write(self, **values: Any) -> None:

@@ -7,9 +7,8 @@ between picture and question is repeated before every question.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from vtprune.tiny.vocabulary import (
     IMAGE_SIZE,
     KINDS,
     SUFFIX,
+    WORD_IDS,
     encode,
 )
 
@@ -132,15 +132,18 @@ def _names(objects: list[SceneObject]) -> np.ndarray:
     return names
 
 
-@lru_cache(maxsize=65536)
-def _prompt(question: str) -> tuple[int, ...]:
-    return (*encode(question), *SUFFIX)
-
-
 def pack(
-    row: int, drafts: list[Draft], length: int, after: tuple[int, ...] = ()
+    row: int,
+    drafts: Sequence[Draft],
+    length: int,
+    after: tuple[int, ...] = (),
+    words: Mapping[str, int] = WORD_IDS,
+    layers: Mapping[str, int] = READ_LAYER,
 ) -> tuple[np.ndarray, list[tuple], list[tuple], list[tuple], list[Draft]]:
-    """One row: (ids, segments, positions) [3, length], targets, reads, compares, and the questions that fitted."""
+    """One row: (ids, segments, positions) [3, length], targets, reads, compares, and the questions that fitted.
+
+    `words` are the ids of a larger vocabulary, `layers` the taught layer by kind of question.
+    """
     text = np.zeros((3, length), np.int64)
     targets: list[tuple] = []
     reads: list[tuple] = []
@@ -148,7 +151,7 @@ def pack(
     fitted: list[Draft] = []
     start = 0
     for draft in drafts:
-        prompt, answer = (*after, *_prompt(draft.question)), encode(draft.answer)
+        prompt, answer = (*after, *encode(draft.question, words), *SUFFIX), encode(draft.answer, words)
         end = start + len(prompt) + len(answer)
         if end > length:
             continue
@@ -161,7 +164,7 @@ def pack(
             targets.append((row, last + offset, word, len(fitted), int(word == EOS)))
         for read in draft.reads:
             position = places.get(read.position, start + len(after) + read.position)
-            reads.append((row, position, read.objects, read.mode, READ_LAYER[draft.kind]))
+            reads.append((row, position, read.objects, read.mode, layers[draft.kind]))
         if draft.compare is not None:
             place, down, right, says_yes = draft.compare
             compares.append((row, start + len(after) + place, round(down), round(right), int(says_yes)))

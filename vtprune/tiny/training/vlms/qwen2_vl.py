@@ -65,11 +65,11 @@ class Qwen2VL(Vlm):
 
     def __init__(self) -> None:
         super().__init__()
-        self._run_block: Callable[..., torch.Tensor] = _block
+        self._run_block: Callable[..., torch.Tensor] = block_forward
 
     def compile_layers(self) -> None:
         """See `Vlm.compile_layers`."""
-        self._run_block = torch.compile(_block, dynamic=False)
+        self._run_block = torch.compile(block_forward, dynamic=False)
         for layer in self.decoder.layers:
             layer.compile(dynamic=False)
 
@@ -152,7 +152,7 @@ class Qwen2VL(Vlm):
         tower, (patches, places) = self.hf.model.visual, self._patches(images)
         kernel = tower.patch_embed.proj.weight.flatten(1)
         hidden = functional.linear(patches, kernel)
-        angles = _angles(places)
+        angles = rotary_angles(places)
         before = hidden
         for block in tower.blocks:
             before, hidden = hidden, self._run_block(block, hidden, *angles)
@@ -187,7 +187,7 @@ class Qwen2VL(Vlm):
         return len(self.before) + torch.stack([torch.zeros_like(index), index // side, index % side])
 
 
-def _angles(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_angles(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin) [N, head width] of patches at (row, column) `places` [2, N]: half the pairs for each axis."""
     count = _HEAD // 4
     frequencies = 10000.0 ** (-torch.arange(count) / count)
@@ -205,7 +205,7 @@ def _query_key_value(
     return query, key, value
 
 
-def _block(block: Any, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def block_forward(block: Any, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """One tower block on [B, N, D]."""
     query, key, value = _query_key_value(block, hidden, cosine, sine)
     weights = (query @ key.transpose(2, 3) * _HEAD**-0.5).softmax(-1)

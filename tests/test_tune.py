@@ -42,6 +42,7 @@ from vtprune.tune.space import Candidate, Space, method_text
 require_optuna()
 ROWS = (models.Row(after=0), models.Row(after=4, seed=1), models.Row(after=2, seed=2))
 LIMIT = 0.6
+TUNED = Path(__file__).resolve().parent.parent / "benchmarks" / "tuned"
 PARTS = tuple(Portion("dev", 0, first, 8) for first in range(0, 32, 8))
 
 
@@ -458,6 +459,9 @@ def test_every_single_method_is_compared_at_the_plans_cost(model: Any) -> None:
             assert row.difference.value == pytest.approx(mine.accuracy - row.accuracy.value)
     values = [row.difference.value for row in rows if row.difference is not None]
     assert values == sorted(values)
+    alone = {"dyvte": vtprune.DyVTE(exit_layer=2)}
+    _, _, (row,) = compare(tuned, alone, marks, PARTS[:1], marks.costs, 0, lambda text: None)  # type: ignore[arg-type]
+    assert row.verdict.endswith("but not at equal FLOPs: it decides by itself")
 
 
 @pytest.mark.parametrize(
@@ -471,7 +475,9 @@ def test_every_single_method_is_compared_at_the_plans_cost(model: Any) -> None:
     ],
 )
 def test_verdicts_follow_the_interval(low: float, high: float, verdict: str) -> None:
-    assert Compared("fastv", 0.3, Interval(0.5, 0.4, 0.6), Interval((low + high) / 2, low, high)).verdict == verdict
+    figures = 0.3, Interval(0.5, 0.4, 0.6), Interval((low + high) / 2, low, high)
+    assert Compared("fastv", *figures).verdict == verdict
+    assert Compared("dyvte", *figures, "but not at equal FLOPs").verdict == f"{verdict}, but not at equal FLOPs"
 
 
 # everything, on a model that answers
@@ -605,6 +611,16 @@ def test_optuna_that_is_missing_says_how_to_install_it(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(VtpruneError, match=r"pip install 'vtprune\[tune,eval\]'"):
         require_optuna()
+
+
+@pytest.mark.parametrize("path", sorted(TUNED.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_plans_run_on_their_model_at_their_cost(path: Path) -> None:
+    search = json.loads(path.read_text(encoding="utf-8"))["tuned"]["search"]
+    loaded, _ = vtprune.load_tiny(search["model"].removeprefix("tiny:"))
+    with vtprune.prune(loaded, str(path)) as session:
+        geometry = session.geometry
+    costs = Costs(geometry, [((16, geometry.visual_tokens),)])
+    assert costs.share(Plan.load(path)) == pytest.approx(search["goal"]["limit"], abs=0.01)
 
 
 @pytest.mark.slow

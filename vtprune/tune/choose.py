@@ -140,7 +140,7 @@ class Compared:
         share: what it spent of the unpruned FLOPs there: no less than the tuned plan, as far as that can be counted.
         accuracy: with its interval.
         difference: accuracy of the tuned plan minus its own, paired.
-        note: why there are no figures.
+        note: why there are no figures, or what to know about them.
     """
 
     method: str
@@ -154,9 +154,9 @@ class Compared:
         """Of the tuned plan: better or worse if the interval of the difference excludes 0, else a tie."""
         if self.difference is None:
             return self.note
-        if self.difference.low == self.difference.high == 0:
-            return "the same answers"
-        return "better" if self.difference.low > 0 else "worse" if self.difference.high < 0 else "tie"
+        low, high = self.difference.low, self.difference.high
+        word = "better" if low > 0 else "worse" if high < 0 else "the same answers" if low == high else "tie"
+        return f"{word}, {self.note}" if self.note else word
 
 
 def compare(
@@ -186,7 +186,8 @@ def compare(
         try:
             plan = equal_cost(method, costs, spent)
             theirs = ask(plan)
-            rows.append(Compared(name, theirs.share, theirs.interval(seed), mine.minus(theirs, seed)))
+            note = "" if method.takes_budget else "but not at equal FLOPs: it decides by itself"
+            rows.append(Compared(name, theirs.share, theirs.interval(seed), mine.minus(theirs, seed), note))
         except VtpruneError as error:
             rows.append(Compared(name, note=f"not possible: {error}"))
         tell(name)

@@ -149,7 +149,7 @@ def draw_front(points: Sequence[Point], unpruned: float, path: Path) -> None:
     axes.set_ylabel("accuracy on the tuning questions, %")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -18,6 +18,7 @@ from vtprune.eval.cell import Answers, fill_row
 from vtprune.eval.counts import Totals
 from vtprune.eval.curves import pareto_front, trapezoid_weights
 from vtprune.eval.flops import count_flops, flop_texts, flop_unit
+from vtprune.eval.harness import Sample
 from vtprune.eval.latex import latex_escape, latex_table
 from vtprune.eval.plot import plot_rows
 from vtprune.eval.report_html import write_report
@@ -316,6 +317,23 @@ def test_rows_count_flops_in_three_units(tmp_path: Path) -> None:
     assert found[2].flop_counts == FlopCounts(first, 2 * first, 3e12)
     write_rows(found, tmp_path / "rows.jsonl")
     assert read_rows(tmp_path / "rows.jsonl") == found
+
+
+def test_prompts_of_other_sizes_are_counted_by_their_share() -> None:
+    """A plan has the counts of one usual image; questions about smaller ones kept as large a part."""
+    found, answers = counted()
+    restart = found[2]
+    plan = Plan.from_dict(restart.plan or {})
+    (before,) = plan.stages
+    cut = dataclasses.replace(before, site=Site("vision", 3), keep=288)
+    restart.plan = Plan((cut, dataclasses.replace(before, keep=144))).to_dict()
+    samples = [Sample("t", 0, "0", "", "", None, "", 1.0, {"visual_tokens": 100, "tokens_per_layer": [25] * 32})]
+    answers[restart.name] = dataclasses.replace(answers[restart.name], samples={"t": samples})
+    count_flops([restart], answers)
+    # half of the 100 leave the tower and are asked
+    macs = image_macs(LLAVA_7B, [50] * before.site.index + [25] * 32)
+    assert restart.flop_counts is not None
+    assert (restart.flop_counts.image_macs, restart.flop_counts.image_flops) == (macs, 2 * macs)
 
 
 def test_tables_show_the_conventions_on_request() -> None:

@@ -1,4 +1,4 @@
-"""The committed leaderboard: it holds every method, the page shows its rows, and asking again gives the same numbers."""
+"""The committed leaderboard: every method is in it, the page shows its rows, asking again gives the same numbers."""
 
 from __future__ import annotations
 

@@ -45,13 +45,16 @@ def count_flops(rows: Sequence[Row], answers: Mapping[str, Answers]) -> None:
 
 def _counts(row: Row, found: Answers, geometry: Geometry, full: float | None) -> FlopCounts | None:
     plan = Plan() if row.plan is None or row.method == UNPRUNED_ROW else Plan.from_dict(row.plan)
+    # the plan is the one for a prompt of one usual image; its restarts see the same share of other prompts
+    usual = max(geometry.entering)
+    restarts = [(layers, entering / usual) for layers, entering in plan.passes((usual,) * geometry.layers, usual)]
 
     # questions of one image size and budget have the same lengths: each is counted once
     @functools.cache
     def price(visual: int, tokens: tuple[int, ...]) -> tuple[int, int]:
         lengths = [*tokens]
-        for layers, entering in plan.passes((visual,) * geometry.layers, visual):
-            lengths += [entering] * layers
+        for layers, share in restarts:
+            lengths += [round(share * visual)] * layers
         return image_macs(geometry, lengths), image_flops(geometry, lengths)
 
     prices = []

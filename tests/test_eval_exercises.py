@@ -24,7 +24,7 @@ from vtprune.videos import Video
 
 # name -> (maker of its questions, pictures or frames a question, kinds)
 TASKS: dict[str, Any] = {
-    "vtp_words": (exercise_data.words_docs, 1, {"read", "ink"}),
+    "vtp_words": (exercise_data.words_docs, 1, {"read"}),
     "vtp_fine": (exercise_data.fine_docs, 1, {"gap"}),
     "vtp_count": (exercise_data.count_docs, 1, {"count_color", "count_shape"}),
     "vtp_pairs": (exercise_data.pairs_docs, 2, {"which", "color_in", "more"}),

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["SPEC_HELP", "load_config", "load_model", "parse_dtype"]
 
 SPEC_HELP = (
-    "tiny:llava, tiny:qwen2_vl or tiny:internvl (embedded), a Hugging Face id or folder, or random:llama-0.3b (random "
-    "weights)"
+    "tiny:llava, tiny:qwen2_vl, tiny:internvl or tiny:qwen2_vl_plus (embedded), a Hugging Face id or folder, or "
+    "random:llama-0.3b (random weights)"
 )
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -5,7 +5,7 @@ They are scored as the other bundled tasks are (`vtprune.eval.task_data`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vtprune.eval.task_data import IMAGES, QUESTIONS_PER_IMAGE, asked_now, doc_to_text, doc_to_visual, question_docs
@@ -27,19 +27,20 @@ __all__ = [
 Doc = dict[str, Any]
 
 
-def _exercise_docs(task: str) -> Dataset:
+def _exercise_docs(task: str, without: Collection[str] = ()) -> Dataset:
     from vtprune.tiny.exercises import exercise_questions
 
     split, seed = asked_now()
     # offset 1: seed 0 of the test split belongs to the model card of the embedded model
-    entries = exercise_questions(task, split, IMAGES, seed + 1, QUESTIONS_PER_IMAGE)
+    entries = exercise_questions(task, split, IMAGES, seed + 1, QUESTIONS_PER_IMAGE, without)
     alone = all(len(images) == 1 for images, _ in entries)
     return question_docs([(images[0] if alone else images, asked) for images, asked in entries], lambda q: q.kind)
 
 
 def words_docs(_stub: Dataset) -> Dataset:
-    """`process_docs` of `vtp_words`: what a word says, or which ink it is written in."""
-    return _exercise_docs("words")
+    """`process_docs` of `vtp_words`: what the word in an ink says."""
+    # tiny:qwen2_vl_plus finds a word by its ink, and is too weak at finding an ink by the word (its model card)
+    return _exercise_docs("words", without=("ink",))
 
 
 def fine_docs(_stub: Dataset) -> Dataset:

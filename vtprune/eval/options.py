@@ -25,7 +25,10 @@ def _print_tasks_dir(asked: bool) -> None:
 
 
 Models = Annotated[
-    str, typer.Option(help="Comma-separated: tiny:llava, tiny:qwen2_vl, tiny:internvl, hub ids or local folders.")
+    str,
+    typer.Option(
+        help="Comma-separated: tiny:llava, tiny:qwen2_vl, tiny:internvl, tiny:qwen2_vl_plus, hub ids, folders."
+    ),
 ]
 
 Methods = Annotated[

@@ -58,7 +58,7 @@ def load_tiny(name: str = "llava", *, dtype: torch.dtype | None = None) -> tuple
         name: "llava" (128 px, 256 visual tokens), "qwen2_vl" (any size from 144 px, 2x2 patches a token, M-RoPE) or
             "internvl" (144 px, pixel shuffle, 81 visual tokens); 12 decoder layers each, see MODEL_CARD.md beside the
             weights. "qwen2_vl_plus" is "qwen2_vl", trained further to read words, see fine detail, compare two
-            pictures and watch films (docs/tasks.md), where it was trained and put beside the others.
+            pictures and watch films (docs/tasks.md).
         dtype: of the loaded weights, default `torch.float32` (they are stored in fp16, or in int8).
 
     Returns:

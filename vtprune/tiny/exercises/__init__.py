@@ -6,6 +6,7 @@ An exercise is a pure function of (task, split, seed, index): each draws from it
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from vtprune.errors import UnknownNameError
@@ -50,9 +51,9 @@ def exercise(task: str, split: str, seed: int, index: int) -> Exercise:
 
 
 def exercise_questions(
-    task: str, split: str, images: int, seed: int = 0, per_image: int = 8
+    task: str, split: str, images: int, seed: int = 0, per_image: int = 8, without: Collection[str] = ()
 ) -> list[tuple[list[Image.Image], list[Question]]]:
-    """The first `images` exercises of a split with up to `per_image` questions each.
+    """The first `images` exercises of a split, with up to `per_image` questions each of all kinds but those `without`.
 
     Returns:
         (the pictures of an exercise, or the frames of its film; its questions) in index order.
@@ -63,6 +64,7 @@ def exercise_questions(
     for index in range(images):
         made = exercise(task, split, seed, index)
         name = f"{task}-{split}-{seed}-{index}"
-        asked = [Question(name, draft.question, draft.answer, draft.kind) for draft in made.drafts[:per_image]]
+        drafts = [draft for draft in made.drafts if draft.kind not in without][:per_image]
+        asked = [Question(name, draft.question, draft.answer, draft.kind) for draft in drafts]
         result.append(([Image.fromarray(frame) for frame in made.frames], asked))
     return result

@@ -291,7 +291,12 @@ def test_suites_are_tasks_of_lmms_eval() -> None:
     for name, tasks in SUITES.items():
         check_names(tasks, manager)
         for task in tasks:
-            config = manager._get_config(task)
+            try:
+                config = manager._get_config(task)
+            except ImportError:
+                # what reads films or boxes need not be installed to know the name
+                assert name in ("video", "grounding"), task
+                continue
             assert config["output_type"] == "generate_until", (name, task)
             assert config["metric_list"]
     with pytest.raises(InputError, match="Did you mean llava15"):

@@ -183,7 +183,9 @@ def test_readme_snippets_run(index: int, tmp_path: Path, monkeypatch: pytest.Mon
     script = tmp_path / f"readme_{index}.py"
     script.write_text(_readme_snippets()[index], encoding="utf-8")
     # a snippet may register a method of its own; it must not stay for other tests
-    before, entries = dict(METHODS.items()), METHODS._entries  # items() fills a registry that nobody has read yet
+    METHODS.items()  # fills a registry that nobody has read yet
+    entries = METHODS._entries
+    before = dict(entries)  # those that are not listed too
     try:
         runpy.run_path(str(script), run_name="readme")
     finally:

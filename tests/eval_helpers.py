@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import models
+import pytest
 
 from vtprune.budget import Geometry
-from vtprune.eval.harness import Sample
+from vtprune.eval import task_data
+from vtprune.eval.harness import Sample, require_lmms_eval
 from vtprune.eval.rows import KindScore, Row, TaskScore
 from vtprune.eval.stats import Interval
 
@@ -83,6 +86,14 @@ class Silent:
 
     def step(self, title: str, count: int = 1) -> None:
         pass
+
+
+def few_images(count: int) -> Iterator[None]:
+    """Bundled tasks about so many images; for a fixture: importing lmms-eval takes seconds, collecting must not."""
+    require_lmms_eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task_data, "IMAGES", count)
+        yield
 
 
 def save_askable(folder: Path) -> Path:

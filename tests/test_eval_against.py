@@ -18,10 +18,9 @@ from typer.testing import CliRunner
 import vtprune
 from vtprune.cli import app
 from vtprune.errors import PlanError
-from vtprune.eval import task_data
 from vtprune.eval.against import InputCut, compare, require_reference
 from vtprune.eval.cell import Answers
-from vtprune.eval.harness import Sample, require_lmms_eval
+from vtprune.eval.harness import Sample
 from vtprune.eval.keeps import parse_keeps
 from vtprune.eval.plot import plot_rows
 from vtprune.eval.report_html import write_report
@@ -36,10 +35,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_images() -> Iterator[None]:
-    require_lmms_eval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task_data, "IMAGES", 5)
-        yield
+    yield from eval_helpers.few_images(5)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from vtprune.cli import app
 from vtprune.errors import InputError, SessionError, UnknownNameError
 from vtprune.eval import TASKS_DIR, task_data
 from vtprune.eval.asking import attach_to, cut_answer, generation_arguments
-from vtprune.eval.harness import Harness, Sample, require_lmms_eval
+from vtprune.eval.harness import Harness, Sample
 from vtprune.eval.prefill import prefill_timings
 
 if TYPE_CHECKING:
@@ -30,12 +31,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_images():
-    # here and not at the top: importing lmms-eval takes seconds, which collecting the tests should not
-    require_lmms_eval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task_data, "IMAGES", 5)
-        yield
+def _few_images() -> Iterator[None]:
+    yield from eval_helpers.few_images(5)
 
 
 def make_chat(*args, **options) -> VtpruneChat:

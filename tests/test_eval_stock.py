@@ -11,17 +11,14 @@ import eval_helpers
 import pytest
 
 from vtprune.errors import UnknownNameError, VtpruneError
-from vtprune.eval import lmms_manifest, task_data
-from vtprune.eval.harness import Harness, quiet, require_lmms_eval
+from vtprune.eval import lmms_manifest
+from vtprune.eval.harness import Harness, quiet
 from vtprune.loading import load_model
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_images() -> Iterator[None]:
-    require_lmms_eval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task_data, "IMAGES", 4)
-        yield
+    yield from eval_helpers.few_images(4)
 
 
 @pytest.fixture(scope="module")

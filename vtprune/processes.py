@@ -41,9 +41,9 @@ def new_accelerator(extra: str) -> Accelerator:
     return Accelerator()
 
 
-def from_main(value: Any, accelerator: Accelerator) -> Any:
-    """The main process's value of a Python object, on every process."""
-    if accelerator.num_processes == 1:
+def from_main(value: Any, accelerator: Accelerator | None) -> Any:
+    """The main process's value of a Python object, on every process; None stands for this process alone."""
+    if accelerator is None or accelerator.num_processes == 1:
         return value
     from accelerate.utils import broadcast_object_list
 

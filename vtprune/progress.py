@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Protocol
 
@@ -9,7 +10,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Progress", "RichProgress"]
+__all__ = ["Progress", "RichProgress", "real_console"]
 
 
 class Progress(Protocol):
@@ -20,6 +21,14 @@ class Progress(Protocol):
 
     def step(self, title: str, count: int = 1) -> None:
         """`count` steps of the phase are done; `title` says what is running."""
+
+
+def real_console(*, quiet: bool = False) -> Console:
+    """The real stdout, for work during which lmms-eval redirects it; 120 columns where it is no terminal."""
+    console = Console(file=sys.stdout, quiet=quiet)
+    if not console.is_terminal:
+        console.width = 120
+    return console
 
 
 class RichProgress:

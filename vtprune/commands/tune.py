@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,10 +82,8 @@ def tune_command(
 
 def _run(settings: Settings, out: Path, trials: int, held_out: int, seeds: list[int]) -> None:
     """Check what must be installed, search under progress bars, then the files."""
-    from rich.console import Console
-
     from vtprune.eval.harness import require_lmms_eval
-    from vtprune.progress import RichProgress
+    from vtprune.progress import RichProgress, real_console
     from vtprune.tune.report import show, write
     from vtprune.tune.runner import run_tune
     from vtprune.tune.search import require_optuna
@@ -94,10 +91,7 @@ def _run(settings: Settings, out: Path, trials: int, held_out: int, seeds: list[
     require_optuna()
     require_matplotlib("vtprune tune")
     require_lmms_eval()
-    # the real stdout: it is redirected while lmms-eval is at work
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console.width = 120
+    console = real_console()
     with RichProgress(console) as progress:
         result = run_tune(settings, out, trials, held_out, seeds, progress)
     show(result, write(result, out), console)

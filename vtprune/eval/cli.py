@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vtprune.commands.options import require_matplotlib
+from vtprune.commands.options import read_numbers, require_matplotlib
 from vtprune.errors import InputError
 from vtprune.eval import options
 from vtprune.eval.keeps import parse_keeps
 from vtprune.eval.suites import expand_suites
 from vtprune.processes import is_main
+from vtprune.progress import real_console
 from vtprune.specs import split_methods, sweep_methods
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def eval_command(
         model=models[0],
         limit=(options.FAST_QUESTIONS if fast else options.QUESTIONS) if limit is None else limit or None,
         batch_size=batch_size,
-        seeds=_numbers(seeds),
+        seeds=tuple(read_numbers("--seeds", seeds, 0, "numbers from 0 on")),
         basis=basis,
         against=None if against == "none" else against,
         rounds=(options.FAST_ROUNDS if fast else options.ROUNDS) if rounds is None else rounds,
@@ -86,21 +87,11 @@ def eval_command(
         replay=replay,
     )
     _check_models(models)
-    console = _console()
+    console = real_console(quiet=not is_main())
     for keep in first.keeps:
         console.print(f"keep {keep}", style="dim", highlight=False)
     if not _run_all(first, models, out, console, fresh, flops_conventions):
         raise typer.Exit(1)
-
-
-def _console() -> Console:
-    """The real stdout: the runner redirects it while lmms-eval is at work."""
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, quiet=not is_main())
-    if not console.is_terminal:
-        console.width = 120
-    return console
 
 
 def _run_all(sweep: Sweep, models: Sequence[str], out: Path, console: Console, fresh: bool, conventions: bool) -> bool:
@@ -129,18 +120,6 @@ def _check_models(models: Sequence[str]) -> None:
     if len(models) > 1:
         for name in models:
             load_config(name)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """`0, 1` -> (0, 1).
-
-    Raises:
-        InputError: if a part is no whole number >= 0.
-    """
-    parts = [part.strip() for part in str(text).split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise InputError(f"seeds must be numbers separated by commas, such as 0,1,2; got {text!r}.")
-    return tuple(map(int, parts))
 
 
 def _names(text: str) -> tuple[str, ...]:

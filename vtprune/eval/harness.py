@@ -214,8 +214,7 @@ class Harness:
         if results is not None:  # only the main process gets them
             logged = {name: sorted(results["samples"][name], key=lambda one: one["doc_id"]) for name in chosen}
             found = {name: [_sample(name, chosen[name], one) for one in lines] for name, lines in logged.items()}
-        accelerator = getattr(model, "accelerator", None)
-        return found if accelerator is None else from_main(found, accelerator)  # type: ignore[return-value]
+        return from_main(found, getattr(model, "accelerator", None))  # type: ignore[return-value]
 
     def documents(self, task: str, count: int) -> list[dict[str, Any]]:
         """The first questions of a task, with their images."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from vtprune.progress import Progress
 if TYPE_CHECKING:
     from vtprune.eval.lmms_model import VtpruneChat
 
-__all__ = ["environment", "run_sweep"]
+__all__ = ["environment", "load_chat", "run_sweep"]
 
 _TIMED_BATCH = 8  # enough to fill two cores; timing every cell on larger batches takes longer than the questions
 # whose prompts of lmms-eval a family is asked with, where a task has several
@@ -66,7 +66,7 @@ def run_sweep(
     harnesses = {seed: Harness(sweep.tasks, sweep.limit, seed, **options) for seed in sweep.seeds}
     first = harnesses[sweep.seed]
     title = UNPRUNED_ROW
-    lm = _load(sweep, lambda count: progress.step(title, count))
+    lm = load_chat(sweep.model, **sweep.loading, on_batch=lambda count: progress.step(title, count))
     progress.step("loaded")
 
     run, settings = _described(sweep, environment(lm.model))
@@ -134,25 +134,35 @@ def _rows(sweep: Sweep, recording: Recording | None, run: dict[str, Any]) -> lis
     return rows
 
 
-def _load(sweep: Sweep, on_batch: Callable[[int], object]) -> VtpruneChat:
-    """The model with its processor, nothing attached."""
+def load_chat(
+    model: str,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
+    **options: Any,
+) -> VtpruneChat:
+    """A model that can be asked, nothing attached; the first arguments are those of `load_model`.
+
+    Raises:
+        InputError: if it cannot be loaded, or has no processor.
+    """
     from vtprune.eval.asking import default_device
     from vtprune.eval.lmms_model import VtpruneChat
     from vtprune.loading import load_model
 
     with quiet():
         loaded = load_model(
-            sweep.model,
-            device=sweep.device or default_device(),
-            dtype=sweep.dtype,
-            attn_implementation=sweep.attn_implementation,
-            device_map=sweep.device_map,
+            model,
+            device=device or default_device(),
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
         )
     if loaded[1] is None:
-        raise InputError(
-            f"the model {sweep.model!r} has no processor, so it cannot be asked questions. Use `vtprune bench`."
-        )
-    return VtpruneChat(loaded=loaded, batch_size=sweep.batch_size, on_batch=on_batch, save_kept=sweep.save_kept)
+        raise InputError(f"the model {model!r} has no processor, so it cannot be asked questions. Use `vtprune bench`.")
+    return VtpruneChat(loaded=loaded, **options)
 
 
 def _time(rows: Sequence[Row], lm: VtpruneChat, harness: Harness, sweep: Sweep, progress: Progress) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vtprune.errors import InputError
 from vtprune.eval.against import require_reference
@@ -70,6 +71,12 @@ class Sweep:
     def seed(self) -> int:
         """Of the bootstrap: the first one."""
         return self.seeds[0]
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What the model is loaded and asked with, for `load_chat`."""
+        names = ("device", "dtype", "attn_implementation", "device_map", "batch_size", "save_kept")
+        return {name: getattr(self, name) for name in names}
 
     def cells(self) -> list[tuple[str, SweepKeep]]:
         """(method, budget) of every pruned cell; a method that can decide by itself has a cell where it does."""

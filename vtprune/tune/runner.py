@@ -19,7 +19,7 @@ from vtprune.tune.search import Found, Search, found_of, open_study
 from vtprune.tune.space import Space
 
 if TYPE_CHECKING:
-    from vtprune.eval.lmms_model import VtpruneChat
+    pass
 
 __all__ = ["PARTS", "Result", "Settings", "run_tune"]
 
@@ -113,13 +113,23 @@ def run_tune(
     Raises:
         VtpruneError: if something is missing or not known, the folder holds another search, or nothing can be asked.
     """
-    from vtprune.eval.runner import environment
+    from vtprune.eval.harness import require_lmms_eval
+
+    require_lmms_eval()
+    from vtprune.eval.runner import environment, load_chat
 
     parts, validation, test = _portions(settings, held_out, held_out_seeds)
     out.mkdir(parents=True, exist_ok=True)
     with open_study(out, settings.to_dict()) as study:
         progress.start("loading lmms-eval, tasks and model", 1)
-        questions = Questions(_load(settings), settings.tasks, out / "answers.jsonl")
+        lm = load_chat(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            batch_size=settings.batch_size,
+        )
+        questions = Questions(lm, settings.tasks, out / "answers.jsonl")
         questions.require([parts[-1], validation, *test])
         progress.step("loaded")
         progress.start("unpruned model", len(parts))
@@ -181,23 +191,3 @@ def _space(settings: Settings, costs: Costs, questions: Questions) -> Space:
     low, high = (goal.limit, goal.limit) if goal.kind == "flops" else (floor, 1.0)
     model = questions.lm.model
     return Space(settings.methods, costs.geometry, lambda method: method.bind(model), questions.attach, low, high)
-
-
-def _load(settings: Settings) -> VtpruneChat:
-    from vtprune.eval.asking import default_device
-    from vtprune.eval.harness import quiet, require_lmms_eval
-    from vtprune.loading import load_model
-
-    require_lmms_eval()
-    from vtprune.eval.lmms_model import VtpruneChat
-
-    with quiet():
-        loaded = load_model(
-            settings.model,
-            device=settings.device or default_device(),
-            dtype=settings.dtype,
-            attn_implementation=settings.attn_implementation,
-        )
-    if loaded[1] is None:
-        raise InputError(f"the model {settings.model!r} has no processor, so it cannot be asked questions.")
-    return VtpruneChat(loaded=loaded, batch_size=settings.batch_size)

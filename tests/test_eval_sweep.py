@@ -20,17 +20,14 @@ from typer.testing import CliRunner, Result
 from vtprune.cli import app
 from vtprune.errors import InputError
 from vtprune.eval import task_data
-from vtprune.eval.harness import Harness, Sample, require_lmms_eval
+from vtprune.eval.harness import Harness, Sample
 from vtprune.eval.rows import read_rows
 from vtprune.eval.store import CellKey, CellResult, CellStore, read_cell, settings_of
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_images() -> Iterator[None]:
-    require_lmms_eval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task_data, "IMAGES", 4)
-        yield
+    yield from eval_helpers.few_images(4)
 
 
 @pytest.fixture(scope="module")
@@ -414,6 +411,24 @@ def test_recorded_sets_are_kept_again(folder: Path, whole: Path, tmp_path: Path)
     missing = run(folder, tmp_path, f"--replay {whole} --seeds 5")
     assert missing.exit_code == 2
     assert "is not in the recording" in re.sub(r"\s+", " ", missing.output)
+
+
+def test_a_model_that_no_family_names_can_be_swept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shape is asked of a session, which proves such a model by a dry call; a config alone does not tell it."""
+    import vtprune
+    from vtprune.errors import UnsupportedModelError
+
+    def unknown(_: object) -> None:
+        raise UnsupportedModelError("no family serves it")
+
+    monkeypatch.setattr(vtprune, "geometry", unknown, raising=False)
+    result = run(folder, tmp_path, "--methods fastv --keeps 1/4 --tasks vtp_scenes --against uniform")
+    assert result.exit_code == 0, result.output
+    _, row = read_rows(tmp_path / "rows.jsonl")
+    assert row.against is not None
+    assert row.flop_counts is not None
 
 
 # several processes

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import vtprune
 from vtprune.eval import BUNDLED_TASKS
 from vtprune.eval.cell import Answers, run_cell
 from vtprune.eval.rows import UNPRUNED_ROW, Row
@@ -82,7 +81,7 @@ class Asker:
         row.missing = {task: cell.message for task, cell in bad.items()}
         row.plan = next(iter(whole.values()))[0].plan
         samples = {task: [sample for cell in cells for sample in cell.samples] for task, cells in whole.items()}
-        return Answers.of(samples, vtprune.geometry(self._lm.model))
+        return Answers.of(samples, None if row.method == UNPRUNED_ROW else self._lm.geometry)
 
     def _cell(self, row: Row, task: str, seed: int) -> CellResult:
         seeded = row.method != UNPRUNED_ROW and seed != 0
@@ -90,9 +89,7 @@ class Asker:
         drawn = seed if task in BUNDLED_TASKS else None
         settings = self._settings if not row.replays else {**self._settings, "replayed": row.kept_hash}
         key = CellKey(method, row.keep_value, task, drawn, row.basis, settings)
-        accelerator = getattr(self._lm, "accelerator", None)
-        found = self._store.load(key) if is_main() else None
-        found = found if accelerator is None else from_main(found, accelerator)
+        found = from_main(self._store.load(key) if is_main() else None, getattr(self._lm, "accelerator", None))
         harness = self._harnesses[seed]
         if found is not None:
             self.found += 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LogitsProcessor
@@ -20,7 +20,10 @@ from vtprune.videos import Video
 
 __all__ = [
     "UNPRUNED",
+    "Message",
     "PrefillClock",
+    "Prompt",
+    "Request",
     "attach_to",
     "cut_answer",
     "default_device",
@@ -37,6 +40,19 @@ UNPRUNED = "none"
 _DEFAULT_NEW_TOKENS = 128
 # of films that come as frames alone; the usual rate at which they are cut into frames
 _FRAMES_A_SECOND = 2.0
+
+
+Message = dict[str, Any]
+Prompt = tuple[str, Sequence[Any]]
+
+
+class Request(NamedTuple):
+    """One question: what makes its prompt (text, media), the task's generation settings, where it is from."""
+
+    make: Callable[[], Prompt]
+    settings: dict[str, Any]
+    task: str
+    doc_id: int
 
 
 class PrefillClock(LogitsProcessor):

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import vtprune
 from vtprune.errors import BudgetError, UntrainedError, VtpruneError
 from vtprune.eval.rows import UNPRUNED_ROW, KindScore, Row, TaskScore
 from vtprune.eval.stats import Interval, mcnemar, mean_interval, paired_difference, ratio_interval
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from vtprune.eval.lmms_base import LmmsVtprune
     from vtprune.eval.replaying import Replaying
 
-__all__ = ["Answers", "ask", "fill_row", "paired", "run_cell"]
+__all__ = ["Answers", "fill_row", "paired", "run_cell"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Answers:
     Attributes:
         samples: by task, in order of doc id.
         totals: sums over the questions.
-        geometry: the model's shape.
+        geometry: the model's shape, None if nothing was attached.
     """
 
     samples: Mapping[str, Sequence[Sample]]
@@ -70,7 +69,8 @@ def run_cell(
             row.plan = replaying.plan.to_dict()
         else:
             row.plan = lm.attach(row.method, row.keep_value, basis=row.basis).plan.to_dict()
-        return ask(lm, harness, tasks)
+        samples = harness.run(lm, tasks)
+        return Answers.of(samples, None if lm.session is None else lm.session.geometry)
     except BudgetError as error:
         row.status = "failed" if error.floor is None else "not possible"
         row.message, row.floor = str(error), error.floor
@@ -84,12 +84,6 @@ def run_cell(
         row.status = "failed"
         row.message = "".join(traceback.format_exception(error))
     return None
-
-
-def ask(lm: LmmsVtprune, harness: Harness, tasks: Sequence[str] | None = None) -> Answers:
-    """What the model says as it is now, pruned or not."""
-    samples = harness.run(lm, tasks)
-    return Answers.of(samples, vtprune.geometry(lm.model))
 
 
 def fill_row(row: Row, answers: Answers, baseline: Answers, seed: int) -> None:

@@ -5,10 +5,11 @@ Errors are raised: an exception that is swallowed would be scored as a wrong ans
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -16,10 +17,14 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from transformers import LogitsProcessorList
 
+from vtprune.budget import Geometry
 from vtprune.errors import UnknownNameError
 from vtprune.eval.asking import (
     UNPRUNED,
+    Message,
     PrefillClock,
+    Prompt,
+    Request,
     attach_to,
     cut_answer,
     default_device,
@@ -35,10 +40,8 @@ from vtprune.plan import Plan
 from vtprune.processes import new_accelerator, several_processes, together
 from vtprune.prompt import processor_inputs
 
-__all__ = ["LmmsVtprune", "Message", "Prompt", "Request"]
+__all__ = ["LmmsVtprune"]
 
-Message = dict[str, Any]
-Prompt = tuple[str, Sequence[Any]]
 _PADDING = "__padding_only__"
 _ARGUMENTS = (
     "pretrained",
@@ -53,15 +56,6 @@ _ARGUMENTS = (
     "attn_implementation",
     "save_kept",
 )
-
-
-class Request(NamedTuple):
-    """One question: what makes its prompt (text, media), the task's generation settings, where it is from."""
-
-    make: Callable[[], Prompt]
-    settings: dict[str, Any]
-    task: str
-    doc_id: int
 
 
 class LmmsVtprune(lmms):
@@ -146,6 +140,13 @@ class LmmsVtprune(lmms):
     def session(self) -> Any:
         """The current `vtprune.Session`, None if unpruned."""
         return self._session
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """The model's shape, as a session knows it (also that of a model which no family names)."""
+        self.detach()
+        with attach_to(self._model, "uniform", 1.0) as session:
+            return session.geometry
 
     @property
     def totals(self) -> Totals:

@@ -11,8 +11,8 @@ from typing import Any
 from lmms_eval.protocol import ChatMessages
 
 from vtprune.errors import InputError
-from vtprune.eval.asking import read_medium
-from vtprune.eval.lmms_base import LmmsVtprune, Prompt, Request
+from vtprune.eval.asking import Prompt, Request, read_medium
+from vtprune.eval.lmms_base import LmmsVtprune
 from vtprune.videos import Video
 
 __all__ = ["VtpruneChat", "VtpruneSimple"]

@@ -102,7 +102,7 @@ class Questions:
         self._path = path
         self._harnesses: dict[tuple[str, int, int], Harness] = {}
         self._known: dict[str, dict[str, Any]] = {}
-        self.geometry: Geometry = self.attach(_everything())
+        self.geometry: Geometry = lm.geometry
         if path.is_file():
             text = path.read_text(encoding="utf-8")
             whole = text[: text.rfind("\n") + 1]
@@ -112,15 +112,14 @@ class Questions:
                 record = json.loads(line)
                 self._known[record.pop("key")] = record
 
-    def attach(self, plan: Plan) -> Geometry:
+    def attach(self, plan: Plan) -> None:
         """Prune the model by a plan and take it off again.
 
         Raises:
             VtpruneError: if the model cannot be pruned so.
         """
-        geometry = self.lm.attach(plan).geometry
+        self.lm.attach(plan)
         self.lm.detach()
-        return geometry
 
     def require(self, portions: Sequence[Portion]) -> None:
         """Check that every task has as many questions.

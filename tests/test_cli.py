@@ -19,6 +19,7 @@ from vtprune.cli import app
 from vtprune.commands.show import byte_text, flop_text, layers_text, share_text
 from vtprune.cost import plan_cost
 from vtprune.errors import InputError
+from vtprune.examples import example
 from vtprune.images import load_example
 from vtprune.loading import load_config, load_model
 from vtprune.plan import Plan
@@ -275,6 +276,34 @@ def test_plan_and_run_on_the_embedded_model() -> None:
     assert "an example that ships with vtprune" in result.output
     _, question = load_example()
     assert question in result.output
+
+
+@needs_embedded
+def test_run_asks_about_an_example_by_name() -> None:
+    pytest.importorskip("torchvision", reason="transformers makes the processor of this model with it")
+    shown = example("films")
+    args = ("--model", "tiny:qwen2_vl_plus", "--example", "films", "--method", "fastv", "--keep", "50%")
+    result = _invoke("run", *args)
+    assert result.exit_code == 0, result.output
+    question, answer = shown.questions[0]
+    assert str(shown.videos[0]) in result.output
+    assert question in result.output
+    # the film as the model was trained on it: resized up, it answers something else
+    assert result.output.partition("answer")[2].split()[0] == answer
+    message = _fails("run", "--example", "films", "--image", "a.png", "--question", "what?")
+    assert "--example 'films' brings its own pictures" in message
+    assert "Did you mean 'films'" in _fails("run", "--example", "film")
+
+
+@needs_embedded
+@pytest.mark.parametrize(
+    ("method", "label"), [("dyvte", "dyvte"), ("flowcut@50%+fastv", "flowcut@50%+fastv 0.25"), ("flowcut@1/2+dyvte", "")]
+)
+def test_run_takes_chains_and_methods_that_decide(method: str, label: str) -> None:
+    result = _invoke("run", "--method", method)
+    assert result.exit_code == 0, result.output
+    assert label in result.output
+    assert "kept at " in result.output
 
 
 def test_numbers_are_printed_with_units() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from vtprune.tiny import load_tiny, sprites, tiny_folder, vocabulary
 from vtprune.tiny.scenes import Question, SceneObject, paint, scene_objects, scene_questions
 
 MODELS = ("llava", "qwen2_vl", "internvl")
-EXAMPLES = Path(__file__).parents[1] / "vtprune" / "tiny" / "examples"
 SPLITS = ("train", "dev", "test")
 
 
@@ -231,16 +229,15 @@ def test_checkpoint_answers_dev_questions_and_stops(tiny) -> None:
 
 
 def test_checkpoint_answers_its_examples(tiny) -> None:
-    from PIL import Image
+    from vtprune.examples import examples
+    from vtprune.images import open_image
 
-    entries = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
-    assert len({entry["image"] for entry in entries}) == 3
-    right = 0
-    for entry in entries:
-        with Image.open(EXAMPLES / entry["image"]) as image:
-            ids = _answer(tiny, image.convert("RGB"), entry["question"])
-        right += ids[:-1] == vocabulary.encode(entry["answer"])
-    assert right >= len(entries) - 1
+    scenes = [each for each in examples().values() if "llava" in each.models]
+    assert [each.name for each in scenes] == ["scene_0", "scene_1", "scene_2"]
+    asked = [(open_image(scene.images[0]), *question) for scene in scenes for question in scene.questions]
+    right = [_answer(tiny, image, text)[:-1] == vocabulary.encode(answer) for image, text, answer in asked]
+    assert len(right) == 12
+    assert sum(right) >= 11
 
 
 def test_int8_storage_rounds_rows_and_keeps_vectors(tmp_path: Path) -> None:

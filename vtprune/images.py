@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,18 +31,17 @@ def open_image(path: Path) -> Image:
 
 
 def load_example(index: int = 0) -> tuple[Image, str]:
-    """An image that ships with vtprune, and a question about it that the embedded model was made for.
+    """A scene that ships with vtprune, and a question about it that all embedded models were made for.
 
     Args:
-        index: which example; counts around.
+        index: which question of which scene; counts around. `vtprune.examples` has them by name, and films.
 
     Raises:
         InputError: if this installation holds no examples.
     """
-    folder = Path(__file__).parent / "tiny" / "examples"
-    listing = folder / "examples.json"
-    if not listing.is_file():
-        raise InputError("this installation holds no example images. Pass --image and --question.")
-    entries = json.loads(listing.read_text(encoding="utf-8"))
-    entry = entries[index % len(entries)]
-    return open_image(folder / entry["image"]), entry["question"]
+    from vtprune.examples import examples
+
+    scenes = [each for each in examples().values() if len(each.images) == 1 and "llava" in each.models]
+    asked = [(scene.images[0], question) for scene in scenes for question, _ in scene.questions]
+    path, question = asked[index % len(asked)]
+    return open_image(path), question

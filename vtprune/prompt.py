@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
     from vtprune.videos import Video
 
-__all__ = ["Question", "chat_text", "plain_media", "processor_inputs", "prompt_inputs", "read_video"]
+__all__ = [
+    "Question",
+    "chat_text",
+    "pictures_seen",
+    "plain_media",
+    "processor_inputs",
+    "prompt_inputs",
+    "read_video",
+]
 
 # families whose processors take what qwen-vl-utils makes
 _QWEN = ("qwen2_vl", "qwen3_vl")
@@ -101,6 +109,27 @@ def read_video(model: Any, path: Path) -> Video:
     return open_video(path, count)
 
 
+def pictures_seen(processor: Any, inputs: Mapping[str, Any], images: Sequence[Image]) -> list[Image]:
+    """What the tower was shown of each image: resized and cropped, where the inputs tell; else the image itself.
+
+    Args:
+        processor: the model's.
+        inputs: of one sample, what `prompt_inputs` returned.
+        images: of the sample, in order.
+    """
+    import torch
+    from PIL import Image as PILImage
+
+    pixels = inputs.get("pixel_values")
+    # several crops an image, or rows of patches, do not say how the image lies in them
+    if pixels is None or pixels.ndim != 4 or pixels.shape[:2] != (len(images), 3):
+        return list(images)
+    prepare = processor.image_processor
+    mean, deviation = (torch.tensor(each)[:, None, None] for each in (prepare.image_mean, prepare.image_std))
+    shown = (pixels.float().cpu() * deviation + mean).clamp(0, 1) * 255
+    return [PILImage.fromarray(one.round().byte().permute(1, 2, 0).numpy()) for one in shown]
+
+
 def _is_qwen(model: Any) -> bool:
     import vtprune
 
@@ -130,12 +159,17 @@ def _plain_text(processor: Any, question: Question) -> str:
 
 
 def _qwen_media(processor: Any, chats: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Images and videos as qwen-vl-utils resizes them, within the limits of the processor's own images."""
-    prepare = processor.image_processor
+    """Images and videos as qwen-vl-utils resizes them, within the limits of the processor's own."""
+    prepare, films = processor.image_processor, processor.video_processor
+    # limits of a frame; those of later models are of a whole video, and there qwen-vl-utils' own hold
+    by_frame = type(films).__name__.startswith("Qwen2VL")
     for chat in chats:
         for part in chat[0]["content"]:
             if part["type"] == "image":
                 part |= {"min_pixels": prepare.size["shortest_edge"], "max_pixels": prepare.size["longest_edge"]}
+            elif part["type"] == "video" and by_frame:
+                # qwen-vl-utils gives a frame 128 tokens or more; a processor may be made for fewer
+                part["min_pixels"] = min(films.size["shortest_edge"], 128 * (2 * films.patch_size) ** 2)
     images, videos, options = _qwen_utils().process_vision_info(
         chats, image_patch_size=prepare.patch_size, return_video_kwargs=True, return_video_metadata=True
     )
@@ -144,8 +178,8 @@ def _qwen_media(processor: Any, chats: list[list[dict[str, Any]]]) -> dict[str, 
     if images:
         media["images"] = images
     if videos:
-        films, metadata = zip(*videos, strict=True)
-        media |= {"videos": list(films), "video_metadata": list(metadata), **options}
+        frames, metadata = zip(*videos, strict=True)
+        media |= {"videos": list(frames), "video_metadata": list(metadata), **options}
     return media
 
 

@@ -10,7 +10,7 @@ import typer
 from vtprune.commands.options import KEEP_HELP, METHOD_HELP, pair_keeps, read_methods
 from vtprune.errors import InputError
 from vtprune.loading import SPEC_HELP
-from vtprune.specs import load_plan
+from vtprune.specs import load_plan, parse_chain, split_methods
 
 if TYPE_CHECKING:
     from vtprune.plan import Plan
@@ -26,9 +26,10 @@ def run_command(
     image: list[Path] | None = typer.Option(
         None, "--image", help="Image file; may be repeated. An example that ships with vtprune if there is none."
     ),
+    example: str | None = typer.Option(None, "--example", help="Ask about an example that ships, such as scene_1."),
     video: list[Path] | None = typer.Option(None, "--video", help="Video file; may be repeated."),
     question: str | None = typer.Option(None, "--question", help="Question about them."),
-    method: str | None = typer.Option(None, "--method", help=METHOD_HELP + " Default: fastv."),
+    method: str | None = typer.Option(None, "--method", help=METHOD_HELP + " Or a chain, flowcut@1/2+fastv. Default: fastv."),
     keep: str | None = typer.Option(None, "--keep", help=KEEP_HELP + " Default: 25%."),
     basis: str = typer.Option("average", "--basis", help="average over the decoder layers, or final."),
     model: str = typer.Option("tiny:llava", "--model", help=SPEC_HELP),
@@ -43,7 +44,7 @@ def run_command(
     from vtprune.prompt import prompt_inputs
 
     what, keeps = _what(method, keep, plan)
-    images, videos = image or [], video or []
+    images, videos, question = _files(image or [], video or [], example, question)
     given = [("image", path) for path in images] + [("video", path) for path in videos]
     for kind, path in given:
         if question is None:
@@ -66,6 +67,20 @@ def run_command(
     _show(screen, texts, _agreement(full, pruned), report, seconds, _label(what, keeps))
 
 
+def _files(
+    images: list[Path], videos: list[Path], example: str | None, question: str | None
+) -> tuple[list[Path], list[Path], str | None]:
+    """Pictures, films and the question, those of an example if one is named."""
+    from vtprune.examples import example as example_of
+
+    if example is None:
+        return images, videos, question
+    if images or videos:
+        raise InputError(f"--example {example!r} brings its own pictures; leave out --image and --video.")
+    shown = example_of(example)
+    return list(shown.images), list(shown.videos), question or shown.questions[0][0]
+
+
 def _question(model: Any, images: list[Path], videos: list[Path], text: str | None) -> Question:
     from vtprune.images import load_example, open_image
     from vtprune.prompt import Question, read_video
@@ -79,7 +94,12 @@ def _question(model: Any, images: list[Path], videos: list[Path], text: str | No
 
 def _what(method: str | None, keep: str | None, plan: Path | None) -> tuple[Plan | list[str], list[int | float] | None]:
     if plan is None:
-        names = read_methods(method or "fastv")
+        names = split_methods(method or "fastv")
+        if len(names) != 1:
+            names = read_methods(method or "")
+        # one chain may hold budgets of its own, or decide by itself
+        elif keep is None and parse_chain(names[0]).decides:
+            return names, None
         return names, pair_keeps(names, keep or ",".join(["25%"] * len(names)))
     if method is not None or keep is not None:
         raise InputError(f"--plan {str(plan)!r} already says what to keep; leave out --method and --keep.")
@@ -88,7 +108,8 @@ def _what(method: str | None, keep: str | None, plan: Path | None) -> tuple[Plan
 
 def _label(what: Plan | list[str], keeps: list[int | float] | None) -> str:
     if isinstance(what, list):
-        return " + ".join(f"{name} {keep:.4g}" for name, keep in zip(what, keeps or [], strict=True))
+        budgets = [""] * len(what) if keeps is None else [f" {keep:.4g}" for keep in keeps]
+        return " + ".join(f"{name}{budget}" for name, budget in zip(what, budgets, strict=True))
     return "plan: " + ", ".join(f"{stage.scorer.name} at {stage.site}" for stage in what.stages)
 
 

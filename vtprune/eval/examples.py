@@ -13,6 +13,7 @@ from vtprune.draw import Drawing, draw_kept
 from vtprune.eval.harness import Harness, Sample
 from vtprune.eval.rows import UNPRUNED_ROW, Row
 from vtprune.eval.sweep import SweepResult
+from vtprune.prompt import pictures_seen
 from vtprune.videos import Video
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def make_examples(result: SweepResult, harness: Harness, lm: VtpruneChat, per_ta
                 continue
             found += 1
             inputs = lm.encode([(text, media)])
-            picture = _as_seen(inputs["pixel_values"], media[0], lm.processor.image_processor)
+            picture = _enlarged(pictures_seen(lm.processor, inputs, [media[0]])[0])
             asked = said[UNPRUNED_ROW][place]
             tiles = [_tile("unpruned", asked, picture, asked)]
             for row in ran:
@@ -153,13 +154,8 @@ def _tokens(report: Report, drawing: Drawing) -> int:
     return 0 if report.layout is None else report.layout.grids[0][drawing.grid].tokens
 
 
-def _as_seen(pixel_values: torch.Tensor, image: Image.Image, image_processor: Any) -> Image.Image:
-    """The image resized and cropped as the tower gets it, where the pixels tell; enlarged to a size people can see."""
-    if pixel_values.ndim == 4 and pixel_values.shape[:2] == (1, 3):
-        mean = torch.tensor(image_processor.image_mean)[:, None, None]
-        deviation = torch.tensor(image_processor.image_std)[:, None, None]
-        pixels = (pixel_values[0].float().cpu() * deviation + mean).clamp(0, 1) * 255
-        image = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
+def _enlarged(image: Image.Image) -> Image.Image:
+    """At a size that people can see."""
     scale = _SIDE / max(image.size)
     wide, high = (max(1, round(side * scale)) for side in image.size)
     return image.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)

@@ -47,10 +47,9 @@ def main() -> None:
     if phase not in ("export", "measure", "card"):
         train(phase, recipe, folder)
     if phase in ("all", "export"):
-        from vtprune.tiny.training.export import export, write_examples
+        from vtprune.tiny.training.export import export
 
         export(model, folder / "joint.pt", folder / model)
-        write_examples(folder / "examples")
     if phase in ("all", "measure"):
         measure(model, folder, arguments.split, arguments.quick)
     if phase in ("all", "card"):

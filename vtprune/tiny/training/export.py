@@ -1,8 +1,7 @@
-"""Writes the trained weights as a Hugging Face folder, and examples beside it."""
+"""Writes the trained weights as a Hugging Face folder."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,11 +9,8 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from vtprune.tiny import load_folder, vocabulary
-from vtprune.tiny.scenes import scene_questions
 from vtprune.tiny.storage import FILE, write_weights
 from vtprune.tiny.training.vlms import Vlm, vlm_class
-
-_EXAMPLE_SEED = 7
 
 
 def load_exported(name: str, folder: Path) -> Vlm:
@@ -49,16 +45,3 @@ def export(name: str, weights: Path, folder: Path) -> None:
         # safetensors writes 0600; everybody who installs the package must be able to read it
         native.chmod(0o644)
     vlm.build_processor().save_pretrained(folder)
-
-
-def write_examples(folder: Path, images: int = 3, per_image: int = 4) -> None:
-    """Dev scenes as PNG files, with questions and answers in examples.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number, (image, asked) in enumerate(scene_questions("dev", images, _EXAMPLE_SEED, per_image)):
-        name = f"scene_{number}.png"
-        image.save(folder / name)
-        entries += [
-            {"image": name, "question": item.question, "answer": item.answer, "kind": item.kind} for item in asked
-        ]
-    (folder / "examples.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

@@ -57,7 +57,8 @@ def prune(
             that has none of its own).
         basis: "average" over the decoder layers, or "final": what survives the last stage.
         flops: instead of `keep`, the share of the unpruned decoder prefill FLOPs to spend.
-        record_scores: keep each stage's scores in the report.
+        record_scores: keep each stage's scores in the report (in the tower where the host lays its outputs into the
+            prompt in their order, see `vtprune.hooks.tower_scores`).
 
     Returns:
         the session: handle and context manager.

@@ -85,8 +85,8 @@ class Departures:
 
     def note(self, ordinal: int, before: Alive, after: Alive) -> None:
         """The cells of `before` that `after` no longer has left at stage `ordinal`."""
-        self._ordinal[self._rows_of(before)] = ordinal
-        kept = self._rows_of(after)
+        self._ordinal[self.rows_of(before)] = ordinal
+        kept = self.rows_of(after)
         self._ordinal[kept] = 0
         # a projector inside the tower gets its rows in the order in which the tower has them
         self.kept = torch.cat([kept, self._staying]).sort().values
@@ -98,5 +98,6 @@ class Departures:
             full[:, 0] = self._ordinal.to(full.dtype)
         return features if self.kept is None else full.index_copy(0, self.kept, features)
 
-    def _rows_of(self, cells: Alive) -> Tensor:
+    def rows_of(self, cells: Alive) -> Tensor:
+        """[K] projector row of each cell, unit by unit."""
         return self._row.gather(1, cells.original)[cells.valid]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import threading
 import weakref
@@ -25,6 +26,7 @@ from vtprune.hooks.prefill import Prefill
 from vtprune.hooks.probe import attach_probe
 from vtprune.hooks.rows import Rows
 from vtprune.hooks.tower_hooks import TowerHooks
+from vtprune.hooks.tower_scores import with_tower_scores
 from vtprune.hooks.validate import asked_layers, check_call, check_drafts, watched_blocks, watched_transitions
 from vtprune.hooks.views import Seen
 from vtprune.plan import Plan
@@ -60,7 +62,7 @@ class Session:
         self._undo: list[Callable[[], object]] = []
         self._root_signature = inspect.signature(type(self._parts.root).forward)
         opened = self.geometry.vision is not None and self._parts.tower is not None
-        self._tower = TowerHooks(family, planner) if opened else None
+        self._tower = TowerHooks(family, planner, record_scores=record_scores) if opened else None
         self._model = weakref.ref(model)
         other = _sessions.get(self._parts.root)
         if other is not None:
@@ -221,6 +223,7 @@ class Session:
         calls = self._calls
         call, calls.decoder = calls.decoder, None
         vision = (0, 0) if self._tower is None else self._tower.flops()
+        scores = None if self._tower is None else self._tower.scores()
         if calls.whole is not None and output is not None:
             self._report = report_full(self.geometry, calls.whole, vision, self._itemsize())
         if not isinstance(call, Prefill) or output is None:
@@ -228,7 +231,9 @@ class Session:
         cache = getattr(output, "past_key_values", None)
         if cache is not None and (call.left.pruned or record_of(cache) is not None):
             write_record(cache, call.record())
-        self._report = report_pruned(self.geometry, call, vision, self._itemsize())
+        report = report_pruned(self.geometry, call, vision, self._itemsize())
+        kept = with_tower_scores(report.kept, report.visual_tokens, scores)
+        self._report = dataclasses.replace(report, kept=kept)
 
     def _itemsize(self) -> int:
         return next(self._parts.text_model.parameters()).element_size()

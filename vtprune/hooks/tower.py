@@ -25,6 +25,7 @@ from vtprune.hooks.alive import Alive, make_cut, observe_all
 from vtprune.hooks.call import check_per_token
 from vtprune.hooks.departures import Departures
 from vtprune.hooks.tower_rows import TowerRows
+from vtprune.hooks.tower_scores import StageScores, TowerScores
 from vtprune.hooks.units import Medium, Tower
 from vtprune.plan import Stage
 
@@ -40,7 +41,13 @@ class TowerCall:
     """
 
     def __init__(
-        self, geometry: Geometry, tower: Tower, media: Sequence[Medium], stages_of: Callable[[int], Sequence[Stage]]
+        self,
+        geometry: Geometry,
+        tower: Tower,
+        media: Sequence[Medium],
+        stages_of: Callable[[int], Sequence[Stage]],
+        *,
+        want_scores: bool,
     ) -> None:
         """`stages_of` gives the tower's stages for an image of so many tokens; they differ in counts only."""
         mixed = next((medium.mixed for medium in media if medium.mixed), "")
@@ -59,6 +66,7 @@ class TowerCall:
         self._cells = Alive.all_of([unit.cells for unit in self._units], torch.device("cpu"))
         self._rows: TowerRows | None = None
         self._departures = Departures(self._units, torch.device("cpu"))
+        self.scores = TowerScores(self._departures.total) if want_scores else None
         self._mask: Any = None
         self._laid_out: tuple[int, ...] = ()
         self._read: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -118,12 +126,18 @@ class TowerCall:
         if keep == cells.counts:
             return hidden
         grids = [[unit.grid] for unit in self._units]
-        after = make_cut(
-            stage, cells, rows.states(hidden, cells), keep, None, grids, ((),) * len(keep), None, False
-        ).alive
+        texts = ((),) * len(keep)
+        states = rows.states(hidden, cells)
+        cut = make_cut(stage, cells, states, keep, None, grids, texts, None, self.scores is not None)
+        after = cut.alive
         if after.counts == cells.counts:
             return hidden
         self._departures.note(ordinal, cells, after)
+        if self.scores is not None and self._departures.kept is not None:
+            order = self._departures.rows_of(cells).argsort()
+            values = None if cut.scores is None else cut.scores[cells.valid][order]
+            scored = self._departures.rows_of(cells)[order]
+            self.scores.stages[ordinal] = StageScores(scored, values, self._departures.kept)
         self._cells = after
         hidden = rows.keep(after, hidden)
         real = rows.real()

@@ -15,6 +15,7 @@ from vtprune.hooks.families.base import Family, Modality, Prompt
 from vtprune.hooks.planner import Planner
 from vtprune.hooks.probe import attach_probe
 from vtprune.hooks.tower import TowerCall
+from vtprune.hooks.tower_scores import TowerScores
 from vtprune.hooks.units import Tower
 from vtprune.hooks.validate import check_counts, watched_blocks
 from vtprune.plan import Stage
@@ -31,17 +32,19 @@ class _Runs(threading.local):
         self.call: TowerCall | None = None
         self.encoding = False
         self.flops: dict[str, tuple[int, int]] = {}
+        self.scores: list[TowerScores] = []
 
 
 class TowerHooks:
     """Cuts the tower whenever the model encodes images, and counts what it costs."""
 
-    def __init__(self, family: Family, planner: Planner) -> None:
+    def __init__(self, family: Family, planner: Planner, *, record_scores: bool) -> None:
         self._family, self._planner, parts = family, planner, family.parts()
         if parts.tower is None:
             raise ValueError(f"family {family.name!r} opens no tower.")
         self._towers = {"image": parts.tower, "video": parts.video_tower or parts.tower}
         self._cuts = bool(planner.nominal.at("vision")) and not planner.inactive
+        self._record_scores = record_scores
         self._runs = _Runs()
 
     @contextlib.contextmanager
@@ -56,11 +59,13 @@ class TowerHooks:
         tower = self._towers[modality.name]
         full = unpruned_tower(geometry, tower, media)
         if self._cuts and media:
-            runs.call = TowerCall(geometry, tower, media, self._stages)
+            runs.call = TowerCall(geometry, tower, media, self._stages, want_scores=self._record_scores)
         runs.encoding = True
         try:
             yield
             runs.flops[modality.name] = full if runs.call is None else runs.call.flops(), full
+            if runs.call is not None and runs.call.scores is not None:
+                runs.scores.append(runs.call.scores)
         finally:
             runs.call, runs.encoding = None, False
 
@@ -68,6 +73,11 @@ class TowerHooks:
         """FLOPs, as run and unpruned, of what was encoded since the last call; 0 if nothing was."""
         mine, self._runs.flops = self._runs.flops, {}
         return sum(part for part, _ in mine.values()), sum(full for _, full in mine.values())
+
+    def scores(self) -> TowerScores | None:
+        """What the scorers gave since the last call, if the tower ran once."""
+        mine, self._runs.scores = self._runs.scores, []
+        return mine[0] if len(mine) == 1 else None
 
     def left(self, prompt: Prompt) -> list[int] | None:
         """Visual tokens of each sample that come out of the tower (the target, if its last stage is adaptive).

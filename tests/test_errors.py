@@ -244,7 +244,7 @@ def test_unknown_per_token_argument_names_itself(model: LlavaForConditionalGener
     ("site", "scorer", "message"),
     [
         (vtprune.Site("layer", 4), vtprune.Uniform(), r"layer\[4\] is outside the decoder, which has layers 0 to 3"),
-        (vtprune.Site("vision", 5), vtprune.Uniform(), r"vision\[5\] is too late.*last cut is vision\[4\]"),
+        (vtprune.Site("vision", 6), vtprune.Uniform(), r"vision\[6\] is too late.*last cut is vision\[5\]"),
         (vtprune.Site("input"), vtprune.FastV(), "fastv reads attention, which does not exist yet at 'input'"),
         (vtprune.Site("layer", 2), vtprune.FlowCut(), r"flowcut reads the 'cls' query .* cannot cut at layer\[2\]"),
         (
@@ -252,7 +252,6 @@ def test_unknown_per_token_argument_names_itself(model: LlavaForConditionalGener
             vtprune.FastV(),
             r"fastv reads the prompt; it cannot cut at vision\[1\]",
         ),
-        (vtprune.Site("vision", 1), vtprune.Pool(), r"pool merges tokens, which vision\[1\] cannot"),
     ],
 )
 def test_plans_that_cannot_run(

@@ -52,13 +52,16 @@ _PUBLIC = (
     "layout",
     "plan",
     "predictors",
+    "recipe",
     "registry",
     "report",
+    "rules",
     "specs",
     "stopwatch",
     "views",
 )
-_CORE = (*(name for name in _PUBLIC if name not in ("", "predictors")), "cells")
+_CORE = (*(name for name in _PUBLIC if name not in ("", "predictors")), "cells", "choice", "similarity")
+_RULES = ("selections", "remainders")
 _FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -101,12 +104,15 @@ def _layering_errors(path: Path) -> list[str]:
             errors.append(f"a kernel imports {module}")
         if here == "scorers" and there in ("hooks", *_TOP):
             errors.append(f"a scorer imports {module}")
+        # a method may name the rules it is made of; rules name no method
+        if here in _RULES and there in ("hooks", "scorers", "predictors", *_TOP):
+            errors.append(f"a rule imports {module}")
         if here == "predictors" and there not in ("predictors", "errors"):
             errors.append(f"a predictor imports {module}")
-        if here == "hooks" and there in ("scorers", *_TOP):
+        if here == "hooks" and there in ("scorers", *_RULES, *_TOP):
             errors.append(f"the engine imports {module}")
         # the package's own __init__ is the facade: it names everything public
-        if here in _CORE and there in ("hooks", "scorers", "kernels", "predictors", *_TOP):
+        if here in _CORE and there in ("hooks", "scorers", "kernels", "predictors", *_RULES, *_TOP):
             errors.append(f"the core imports {module}")
         # a trainer reads what its method reads, by the method's own code
         if here in _TOP and there not in (*_PUBLIC, *_TOP) and (here, there) != ("train", "scorers"):
@@ -124,6 +130,9 @@ def test_imports_run_one_way(path: Path) -> None:
     [
         ("scorers", "from vtprune.hooks.cache import x", "a scorer imports vtprune.hooks.cache"),
         ("hooks", "import vtprune.scorers.fastv", "the engine imports vtprune.scorers.fastv"),
+        ("hooks", "import vtprune.selections.dpp", "the engine imports vtprune.selections.dpp"),
+        ("selections", "from vtprune.hooks.alive import x", "a rule imports vtprune.hooks.alive"),
+        ("remainders", "import vtprune.scorers.fastv", "a rule imports vtprune.scorers.fastv"),
         ("hooks", "def f():\n    from vtprune.bench import x", "the engine imports vtprune.bench"),
         ("kernels", "import transformers.utils", "a kernel imports transformers.utils"),
         ("kernels", "from vtprune.plan import Plan", "a kernel imports vtprune.plan"),

@@ -13,6 +13,7 @@ from learned import BUDGETED, ready
 from scorer_views import LLAVA, WIDTH, Sample, seen, token_view
 from torch import Tensor
 
+from vtprune import similarity
 from vtprune.budget import Budget
 from vtprune.cells import grid_cells, sample_cells, split_in_proportion
 from vtprune.contract import METHODS, Scorer
@@ -20,7 +21,6 @@ from vtprune.cost import plan_cost
 from vtprune.errors import BudgetError, PlanError, UnknownNameError
 from vtprune.kernels.merge_tokens import merge_tokens
 from vtprune.plan import Plan
-from vtprune.scorers import divprune
 from vtprune.scorers.divprune import DivPrune
 from vtprune.scorers.pool import Pool
 from vtprune.scorers.random_tokens import Random
@@ -386,7 +386,7 @@ def greedy_reference(states: Tensor, keep: int) -> list[int]:
 
 @pytest.mark.parametrize("block", [1 << 22, 50])
 def test_divprune_equals_the_formula(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divprune, "_BLOCK", block)
+    monkeypatch.setattr(similarity, "_BLOCK", block)
     samples = (Sample(((5, 6),), seed=1), Sample(((3, 3),), seed=2), Sample(((7, 3),), seed=3))
     for keep in ((1, 1, 1), (2, 8, 20), (12, 3, 7)):
         want = [greedy_reference(s.normal("hidden", s.total, WIDTH), k) for s, k in zip(samples, keep, strict=True)]

@@ -130,8 +130,10 @@ def test_departure_marks_survive_half_precision() -> None:
         features = torch.randn(2, 40, 8).to(dtype)
         features[0, 3:] = 0
         features[0, 3:, 0] = torch.arange(1, 38).to(dtype)
+        features[0, 3:, 1] = 1
+        features[0, 3:, 2:4] = torch.stack([torch.arange(37), -torch.arange(37)], 1).to(dtype)
         left = read_departures(features, torch.ones(2, 40, dtype=torch.bool))
-        assert left[0].tolist() == [0, 0, 0, *range(1, 38)]
+        assert left[0].tolist() == [[0] * 4] * 3 + [[i + 1, 1, i, -i] for i in range(37)]
         assert not left[1].any()
 
 

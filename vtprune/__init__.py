@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vtprune.hooks.verify import Verification, verify
     from vtprune.layout import Layout
     from vtprune.plan import Plan, Site, Stage
+    from vtprune.recipe import Recipe
     from vtprune.report import Report
     from vtprune.scorers.replay import replay
     from vtprune.tiny import load_tiny
@@ -36,6 +37,7 @@ __all__ = [
     "Layout",
     "Plan",
     "PlanError",
+    "Recipe",
     "Report",
     "Scorer",
     "Session",
@@ -64,6 +66,7 @@ _HOMES = {
     "InputError": "vtprune.errors",
     "Layout": "vtprune.layout",
     "Plan": "vtprune.plan",
+    "Recipe": "vtprune.recipe",
     "PlanError": "vtprune.errors",
     "Report": "vtprune.report",
     "Scorer": "vtprune.contract",
@@ -102,9 +105,11 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name[:1].isupper():
         from vtprune.contract import METHODS
+        from vtprune.rules import REMAINDERS, SELECTIONS
 
-        # method classes are public under their class name: vtprune.FastV
-        for _, cls in METHODS.items():
-            if cls.__name__ == name:
-                return cls
+        # classes of methods and rules are public under their class name: vtprune.FastV, vtprune.DPP
+        for registry in (METHODS, SELECTIONS, REMAINDERS):
+            for _, cls in registry.items():
+                if cls.__name__ == name:
+                    return cls
     raise AttributeError(f"module 'vtprune' has no attribute {name!r}")

@@ -27,7 +27,7 @@ class VisionGeometry:
     Attributes:
         blocks: transformer blocks.
         feature_block: 0-based index of the block whose output the projector reads; a `vision[k]` cut needs
-            k < feature_block.
+            k <= feature_block, and with k = feature_block saves nothing in the tower.
         hidden, heads, intermediate: widths.
         has_cls: a CLS token stands before the patches.
         patches: patches of one input of the tower (an image, a crop or a frame), of the example where sizes differ.

@@ -6,18 +6,17 @@ N keys of the attention block, H query heads, Hkv key/value heads, R query rows,
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from vtprune.budget import Budget, Geometry, solve
 from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan, Site, Stage
-from vtprune.registry import Registry
+from vtprune.registry import Registry, load_entry, write_entry
+from vtprune.rules import Remainder, Selection, top_k_mask
 from vtprune.views import AttentionView, Memory, Queries, TextView, TokenView, TransitionView
 
 __all__ = [
@@ -32,27 +31,6 @@ __all__ = [
     "compose",
     "top_k_mask",
 ]
-
-
-def top_k_mask(scores: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
-    """Keep the `keep[b]` best valid tokens of each sample; equal scores go to the earlier token.
-
-    Args:
-        scores: [B, V], higher is kept. Compared in fp32; NaN counts as lowest.
-        keep: [B] survivors a sample.
-        valid: [B, V].
-
-    Returns:
-        [B, V] bool.
-    """
-    ranked = scores.float().nan_to_num(nan=float("-inf"))
-    ranked = ranked.masked_fill(~valid, float("-inf"))
-    # invalid tokens lie at the end of the axis, so a stable sort never prefers them to a valid -inf
-    order = ranked.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return (rank < keep[:, None]) & valid
 
 
 @dataclass(frozen=True)
@@ -95,6 +73,26 @@ class Scorer:
     def reads_attention(self) -> bool:
         """`observe` is called; unless overridden whenever `queries` is set."""
         return self.queries is not None
+
+    @property
+    def has_score(self) -> bool:
+        """It defines `score`, so that any selection can be made of it."""
+        return type(self).score is not Scorer.score
+
+    @property
+    def selects_best(self) -> bool:
+        """It leaves `select` as it is: the best by score."""
+        return type(self).select is Scorer.select
+
+    @property
+    def selection(self) -> Selection | None:
+        """What makes a set of the scores where the stage names nothing; None for the best, or `select`."""
+        return None
+
+    @property
+    def remainder(self) -> Remainder | None:
+        """What happens to the rest where the stage names nothing; None drops it, or does as `assign` says."""
+        return None
 
     @property
     def drops_text(self) -> bool:
@@ -140,8 +138,10 @@ class Scorer:
         raise PlanError(f"{self.name} defines neither score() nor select().")
 
     def select(self, view: TokenView) -> Tensor:
-        """[B, V] bool: the tokens that survive, `view.keep[b]` of them a sample."""
-        return top_k_mask(self.score(view), view.keep, view.valid)
+        """[B, V] bool: the tokens that survive, `view.keep[b]` of them a sample; unless overridden by `selection`."""
+        if self.selection is None:
+            return top_k_mask(self.score(view), view.keep, view.valid)
+        return self.selection.select(view, self.score(view) if self.has_score else None)
 
     def count(self, view: TokenView) -> Tensor:
         """[B] survivors of an adaptive stage; the engine never lets them fall below `view.keep` (the target)."""
@@ -177,7 +177,7 @@ class Scorer:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form: the name and every field."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+        return write_entry(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Scorer:
@@ -187,12 +187,7 @@ class Scorer:
             UnknownNameError: if no method has this name.
             PlanError: if a field is not one of the method's knobs.
         """
-        fields = dict(data)
-        cls = METHODS[str(fields.pop("name", ""))]
-        known = {f.name for f in dataclasses.fields(cls)}
-        if not set(fields) <= known:
-            raise PlanError(f"{cls.name} has the knobs {sorted(known)}, got {sorted(set(fields) - known)} beside them.")
-        return cls(**{k: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for k, v in fields.items()})
+        return load_entry(METHODS, data)
 
 
 METHODS: Registry[Scorer] = Registry("method", "vtprune.scorers")

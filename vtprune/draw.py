@@ -1,10 +1,10 @@
-"""Pictures of what a prefill kept: every part of an image that no surviving token covers is greyed."""
+"""Pictures of what a prefill kept: what no surviving token covers is greyed, and tinted if one stands for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image as PILImage
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Drawing", "draw_kept"]
 
 _GREY, _FADE = 128.0, 0.82
+# of cells that were merged into another one: half faded, with some blue
+_TINT, _MERGED = np.array([70.0, 110.0, 200.0]), 0.55
+_DROPPED, _INTO, _KEPT = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Drawing:
         image: index of the image (or video) in the sample.
         grid: index of the grid in the sample; an image that is cut into crops has several.
         frame: of the video, None in a still image.
-        picture: RGB, of the size of the image or frame, greyed where nothing survived.
+        picture: RGB, of the size of the image or frame, greyed where nothing survived, and bluish where a token was
+            merged into another one.
         assumed: nobody knows which pixels a token covers; rows and columns were guessed from their number.
     """
 
@@ -64,12 +68,12 @@ def draw_kept(
         raise InputError(f"sample {sample} had {wanted} image(s) and video(s), got {len(images)} to draw on.")
     if report.kept and not -len(report.kept) <= stage < len(report.kept):
         raise InputError(f"stage must be one of the {len(report.kept)} that ran, got {stage}.")
-    kept: Any = report.kept[stage].indices[sample].tolist() if report.kept else range(layout.counts[sample])
-    alive = np.zeros(layout.counts[sample], bool)
-    alive[list(kept)] = True
+    owners = report.owners(sample, stage).numpy()
+    state = np.where(owners < 0, _DROPPED, _INTO)
+    state[owners == np.arange(len(owners))] = _KEPT
     first, drawings = 0, []
     for number, (grid, owner) in enumerate(zip(layout.grids[sample], layout.images[sample], strict=True)):
-        cells = alive[first : first + grid.tokens].reshape(grid.rows, grid.cols)
+        cells = state[first : first + grid.tokens].reshape(grid.rows, grid.cols)
         first += grid.tokens
         across = grid.cols - int(grid.newline)
         if across:
@@ -101,12 +105,14 @@ def _picture(image: Image | Sequence[Image], owner: int, frame: int | None) -> I
 
 
 def _fade(image: Image, cells: np.ndarray) -> Image:
-    """`image` greyed where `cells` [rows, cols] is False; a pixel belongs to the cell that holds its middle."""
+    """`image` by the states of `cells` [rows, cols]; a pixel belongs to the cell that holds its middle."""
     pixels = np.asarray(image.convert("RGB"), np.float64)
     down, across = (
         ((np.arange(size) + 0.5) * count // size).astype(int)
         for size, count in zip(pixels.shape, cells.shape, strict=False)
     )
-    mask = cells[np.ix_(down, across)][..., None]
+    state = cells[np.ix_(down, across)][..., None]
     faded = _FADE * _GREY + (1 - _FADE) * pixels
-    return PILImage.fromarray(np.where(mask, pixels, faded).round().astype(np.uint8))
+    tinted = _MERGED * _TINT + (1 - _MERGED) * pixels
+    shown = np.where(state == _KEPT, pixels, np.where(state == _INTO, tinted, faded))
+    return PILImage.fromarray(shown.round().astype(np.uint8))

@@ -14,6 +14,7 @@ from vtprune.errors import PlanError
 
 if TYPE_CHECKING:
     from vtprune.contract import Scorer
+    from vtprune.rules import Remainder, Selection
 
 __all__ = ["Plan", "Positions", "Site", "Stage", "resolve_count"]
 
@@ -87,6 +88,11 @@ class Stage:
             none, possible at `layer[k]` (all leave).
         adaptive: the scorer's `count` decides how many survive this stage, never fewer than `keep`.
         positions: `keep` leaves survivors their position ids, `compact` renumbers the sequence 0..len-1.
+        selection: how a set is made of the scores; None does as the scorer says.
+        remainder: what happens to the tokens that are not in it; None does as the scorer says.
+
+    Raises:
+        PlanError: if a field is malformed, or the rules do not fit the scorer.
     """
 
     site: Site
@@ -94,6 +100,8 @@ class Stage:
     keep: int | float
     adaptive: bool = False
     positions: Positions = "keep"
+    selection: Selection | None = None
+    remainder: Remainder | None = None
 
     def __post_init__(self) -> None:
         keep = self.keep
@@ -110,6 +118,31 @@ class Stage:
             raise PlanError(
                 f"positions='compact' has no meaning at {self.site}: set it on an 'input' or 'layer' stage."
             )
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        for rule in (self.selection, self.remainder):
+            if rule is not None and rule.needs_scores and not self.scorer.has_score:
+                raise PlanError(
+                    f"{rule.name} needs a score for every token, but {self.scorer.name} chooses a set and gives none. "
+                    f"Use a method that scores, such as fastv or flowcut, or another rule than {rule.name}."
+                )
+        if self.selection is not None and self.selection.adaptive and not self.adaptive:
+            raise PlanError(
+                f"selection {self.selection.name} decides itself how many tokens stay: set adaptive=True on the stage "
+                f"at {self.site}; its keep={self.keep!r} is then the fewest."
+            )
+
+    @property
+    def rules(self) -> tuple[Selection | None, Remainder | None]:
+        """The selection and the remainder that apply; None where the scorer's own `select` or `assign` does."""
+        return self.selection or self.scorer.selection, self.remainder or self.scorer.remainder
+
+    @property
+    def merges(self) -> bool:
+        """Something of what leaves stays in survivors."""
+        remainder = self.rules[1]
+        return self.scorer.merges if remainder is None else remainder.merges
 
     @property
     def looks_ahead(self) -> bool:
@@ -121,13 +154,15 @@ class Stage:
         return resolve_count(self.keep, total)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """JSON-ready form; rules that are left to the scorer are left out."""
+        rules = {"selection": self.selection, "remainder": self.remainder}
         return {
             "site": str(self.site),
             "scorer": self.scorer.to_dict(),
             "keep": self.keep,
             "adaptive": self.adaptive,
             "positions": self.positions,
+            **{name: rule.to_dict() for name, rule in rules.items() if rule is not None},
         }
 
     @classmethod
@@ -138,13 +173,18 @@ class Stage:
             PlanError: if a field is missing or not known.
         """
         from vtprune.contract import Scorer
+        from vtprune.rules import Remainder, Selection
 
-        known = {"site", "scorer", "keep", "adaptive", "positions"}
+        known = {"site", "scorer", "keep", "adaptive", "positions", "selection", "remainder"}
         if not {"site", "scorer", "keep"} <= set(data) <= known:
             raise PlanError(
                 f"a stage has the fields {sorted(known)} (site, scorer, keep required), got {sorted(data)}."
             )
         rest = {k: data[k] for k in ("adaptive", "positions") if k in data}
+        if data.get("selection") is not None:
+            rest["selection"] = Selection.from_dict(data["selection"])
+        if data.get("remainder") is not None:
+            rest["remainder"] = Remainder.from_dict(data["remainder"])
         return cls(Site.parse(data["site"]), Scorer.from_dict(data["scorer"]), data["keep"], **rest)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar, cast
 
-from vtprune.errors import UnknownNameError
+from vtprune.errors import PlanError, UnknownNameError
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type[Any])
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "load_entry", "write_entry"]
 
 
 class Registry(Generic[T]):
@@ -80,3 +81,24 @@ class Registry(Generic[T]):
     def items(self) -> list[tuple[str, type[T]]]:
         """All listed (name, class) pairs, sorted by name."""
         return [(name, self[name]) for name in self]
+
+
+def write_entry(entry: Any) -> dict[str, Any]:
+    """JSON-ready form of a registered dataclass: its name and every field."""
+    return {"name": entry.name, **{f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}}
+
+
+def load_entry(registry: Registry[T], data: Mapping[str, Any]) -> T:
+    """Inverse of `write_entry`.
+
+    Raises:
+        UnknownNameError: if nothing is registered under this name.
+        PlanError: if a field is not one of the class's knobs.
+    """
+    fields = dict(data)
+    name = str(fields.pop("name", ""))
+    cls: Any = registry[name]
+    known = {f.name for f in dataclasses.fields(cls)}
+    if not set(fields) <= known:
+        raise PlanError(f"{name} has the knobs {sorted(known)}, got {sorted(set(fields) - known)} beside them.")
+    return cls(**{k: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for k, v in fields.items()})

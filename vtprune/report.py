@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
+from vtprune.errors import InputError
 from vtprune.layout import Layout
 from vtprune.plan import Site
 
@@ -24,6 +26,8 @@ class Kept:
         alive: for each sample the indices that were scored, or None.
         text: for each sample a LongTensor into its tokens that are neither visual nor padding, increasing: those that
             are left; None if the stage drops no text.
+        merged: for each sample a LongTensor [2, n], the tokens that left into another one and the survivors that they
+            went into; None if the stage merges nothing.
     """
 
     site: Site
@@ -31,6 +35,7 @@ class Kept:
     scores: tuple[Tensor, ...] | None = None
     alive: tuple[Tensor, ...] | None = None
     text: tuple[Tensor, ...] | None = None
+    merged: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,33 @@ class Report:
         extra = self.restarted or (0,) * len(self.tokens_per_layer)
         return tuple((sum(row) + more) / len(row) for row, more in zip(self.tokens_per_layer, extra, strict=True))
 
+    def owners(self, sample: int = 0, stage: int = -1) -> Tensor:
+        """Who stands for each visual token of a sample: [V] int64, its own index if it is left, -1 if it was dropped.
+
+        How many tokens a survivor stands for is how often it occurs.
+
+        Args:
+            sample: which one.
+            stage: after which record of `kept`; the last one unless given.
+
+        Raises:
+            InputError: if there is no such sample or stage.
+        """
+        if not 0 <= sample < len(self.visual_tokens):
+            raise InputError(f"the last call had {len(self.visual_tokens)} sample(s), got sample={sample}.")
+        if self.kept and not -len(self.kept) <= stage < len(self.kept):
+            raise InputError(f"stage must be one of the {len(self.kept)} that ran, got {stage}.")
+        owner = torch.arange(self.visual_tokens[sample])
+        for record in self.kept[: stage + 1 or None]:
+            goes = torch.full_like(owner, -1)
+            kept = record.indices[sample].cpu()
+            goes[kept] = kept
+            if record.merged is not None:
+                token, into = record.merged[sample].cpu()
+                goes[token] = into
+            owner = torch.where(owner < 0, owner, goes[owner.clamp(min=0)])
+        return owner
+
     def summary(self) -> str:
         """A few lines for people."""
         if not any(self.visual_tokens):
@@ -116,6 +148,7 @@ class Report:
             "kept": [
                 {"site": str(k.site), "indices": _lists(k.indices)}
                 | ({} if k.text is None else {"text": _lists(k.text)})
+                | ({} if k.merged is None else {"merged": _lists(k.merged)})
                 for k in self.kept
             ],
             "flops": self.flops,

@@ -4,6 +4,10 @@ The members of a chain are joined by `+` and act in this order. One with `@keep`
 without take the budget that comes with the chain: the row's in a sweep, `keep` in `vtprune.prune`. Each budget counts
 what the methods so far leave, so a chain never keeps more than its fixed members do. A text that ends in `.json` is a
 saved plan, which carries its own counts.
+
+Behind a method its rules may stand, each after a `/`: a selection, a remainder, or both, with knobs of their own, such
+as `flowcut/dpp/nearest`, `fastv(layer=3)/summary` or `fastv/strata(by='window')/nearest@1/4`. Everything before the
+first `@` of a member is the method and its rules, so the slash of a fraction is none of theirs.
 """
 
 from __future__ import annotations
@@ -16,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune.budget import parse_keep
-from vtprune.errors import BudgetError, InputError, PlanError
+from vtprune.errors import BudgetError, InputError, PlanError, UnknownNameError
 from vtprune.plan import Plan
 
 if TYPE_CHECKING:
     from vtprune.contract import Scorer
+    from vtprune.rules import Remainder, Selection
 
 __all__ = [
     "Chain",
@@ -187,25 +192,57 @@ def with_seed(text: str, seed: int) -> str:
     members = []
     for member in _split(text, "+"):
         written, *keep = _split(member, "@")
-        name, knobs = parse_knobs(written)
-        known = {knob.name for knob in dataclasses.fields(parse_method(written))}
+        alone, *rules = _split(written, "/")
+        name, knobs = parse_knobs(alone)
+        known = {knob.name for knob in dataclasses.fields(parse_method(alone))}
         if "seed" in known - knobs.keys():
-            written = f"{name}({', '.join(f'{knob}={value!r}' for knob, value in {**knobs, 'seed': seed}.items())})"
-        members.append("@".join([written, *keep]))
+            alone = f"{name}({', '.join(f'{knob}={value!r}' for knob, value in {**knobs, 'seed': seed}.items())})"
+        members.append("@".join(["/".join([alone, *rules]), *keep]))
     return "+".join(members)
 
 
 def parse_method(text: str) -> Scorer:
-    """The method that `text` names, with its knobs.
+    """The method that `text` names, with its knobs, and with its rules if some stand behind it.
 
     Raises:
-        UnknownNameError: if it is not registered.
+        UnknownNameError: if it, or a rule, is not registered.
         PlanError: if a knob is not one of the method's, or the text is not `name` or `name(knob=value, ...)`.
     """
-    from vtprune.contract import METHODS, Scorer
+    from vtprune.contract import METHODS
+    from vtprune.recipe import Recipe
+    from vtprune.registry import load_entry
 
-    name, knobs = parse_knobs(text, known=METHODS.__getitem__)
-    return Scorer.from_dict({"name": name, **knobs})
+    written, *rules = _split(text, "/")
+    name, knobs = parse_knobs(written, known=METHODS.__getitem__)
+    method = load_entry(METHODS, {"name": name, **knobs})
+    return Recipe(method, *_rules(text, rules)) if rules else method
+
+
+def _rules(text: str, written: list[str]) -> tuple[Selection | None, Remainder | None]:
+    from vtprune.registry import load_entry
+    from vtprune.rules import REMAINDERS, SELECTIONS
+
+    chosen: Selection | None = None
+    rest: Remainder | None = None
+    names = {*SELECTIONS, *REMAINDERS}
+
+    def known(name: str) -> None:
+        if name not in names:
+            raise UnknownNameError("selection or remainder", name, names)
+
+    for rule in written:
+        name, knobs = parse_knobs(rule, known=known)
+        if name in set(SELECTIONS) and chosen is None and rest is None:
+            chosen = load_entry(SELECTIONS, {"name": name, **knobs})
+        elif name in set(REMAINDERS) and rest is None:
+            rest = load_entry(REMAINDERS, {"name": name, **knobs})
+        else:
+            raise PlanError(
+                f"rules are written 'method/selection', 'method/remainder' or 'method/selection/remainder', such as "
+                f"'flowcut/dpp/nearest', got {text!r}. Selections: {', '.join(SELECTIONS)}. "
+                f"Remainders: {', '.join(REMAINDERS)}."
+            )
+    return chosen, rest
 
 
 def parse_knobs(text: str, known: Callable[[str], object] = str) -> tuple[str, dict[str, Any]]:

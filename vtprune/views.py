@@ -122,6 +122,8 @@ class TokenView:
         text_key: for each sample a tuple of ints that identifies its prompt (its token ids); () in a tower, and unless
             the scorer sets `reads_prompt`.
         text: the text tokens, None unless the scorer sets `reads_text`.
+        images: for each sample and grid the index of its image in the sample.
+        size: [B, V] how many original tokens each one stands for, fp32, 1 at padding; None if none was merged.
     """
 
     site: Site
@@ -136,3 +138,5 @@ class TokenView:
     memory: Memory
     text_key: tuple[tuple[int, ...], ...]
     text: TextView | None = None
+    images: tuple[tuple[int, ...], ...] = ()
+    size: Tensor | None = None

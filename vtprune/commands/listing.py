@@ -27,14 +27,17 @@ def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def methods_command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
-    """List the pruning methods."""
+    """List the pruning methods, and the rules that may stand behind one: fastv/dpp/nearest."""
     import vtprune
+    from vtprune.rules import REMAINDERS, SELECTIONS
 
     methods = vtprune.methods()
     if as_json:
         typer.echo(json.dumps(methods, indent=2))
-    else:
-        _print_rows(("method", "what it is"), methods.items())
+        return
+    _print_rows(("method", "what it is"), methods.items())
+    _print_rows(("/selection", "which tokens survive"), ((name, cls.summary) for name, cls in SELECTIONS.items()))
+    _print_rows(("/remainder", "what happens to the rest"), ((name, cls.summary) for name, cls in REMAINDERS.items()))
 
 
 def families_command(as_json: bool = typer.Option(False, "--json", help="Print JSON, outcomes of every test.")) -> None:

@@ -16,7 +16,10 @@ __all__ = [
 ]
 
 KEEP_HELP = "Budget: tokens (64), or a fraction (0.25, 25%, 1/4); one a method, separated by commas."
-METHOD_HELP = "Method, such as fastv or gemfilter(layer=3), or several separated by commas (see `vtprune methods`)."
+METHOD_HELP = (
+    "Method, such as fastv or gemfilter(layer=3), with rules if need be (fastv/dpp/nearest), or several separated by "
+    "commas (see `vtprune methods`)."
+)
 
 
 def read_methods(text: str) -> list[str]:

@@ -48,9 +48,10 @@ def prune(
     Args:
         model: a `transformers` vision-language model of a supported family (`vtprune.families()`). One that no family
             names is tried on a dry call first, which costs a few short forward passes.
-        method: a name (`vtprune.methods()`), with knobs if need be ("gemfilter(layer=3)"), several joined by `+`, those
-            but the last with a budget of their own ("flowcut@1/2+fastv"), a method object, a list of names and objects
-            applied in order, a `Plan`, or the file of a saved one ("plan.json").
+        method: a name (`vtprune.methods()`), with knobs if need be ("gemfilter(layer=3)") and with other rules than its
+            own ("flowcut/dpp/nearest": a DPP of its score, the rest averaged into the nearest survivor), several joined
+            by `+`, those but the last with a budget of their own ("flowcut@1/2+fastv"), a method object, a list of
+            names and objects applied in order, a `Plan`, or the file of a saved one ("plan.json").
         keep: visual tokens that enter a decoder layer, averaged over the layers: an int is tokens a sample, a float in
             (0, 1] or a string such as "25%" a fraction. `keep=1.0` keeps all and changes nothing. With a list of
             methods a list of budgets, each for what the methods so far leave (with a chain, one for each method in it

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vtprune.choice import Choice, choose
 from vtprune.contract import AttentionView, Memory, Scorer, TextView, TokenView
-from vtprune.errors import PlanError
 from vtprune.kernels.keep_tokens import keep_tokens
+from vtprune.kernels.merge_tokens import merge_tokens
 from vtprune.layout import Layout
 from vtprune.plan import Site, Stage
 from vtprune.report import Kept
+from vtprune.rules import Merge, own_index
 from vtprune.stopwatch import scoring
 
-__all__ = ["Alive", "Cut", "cut_counts", "make_cut", "observe_all", "record_cut"]
+__all__ = ["Alive", "Cut", "cut_counts", "make_cut", "merge_states", "observe_all", "record_cut"]
 
 
 @dataclass
@@ -28,11 +30,13 @@ class Alive:
         original: [B, V] index among the row's original visual tokens, increasing; padded at the end.
         counts: alive tokens of each row.
         memory: running signals of the scorers, by scorer name: [B, V], or [B, V, c] where a token is made of c patches.
+        size: [B, V] how many original tokens each one stands for, fp32; None if none was merged.
     """
 
     original: Tensor
     counts: list[int]
     memory: dict[str, Memory] = field(default_factory=dict)
+    size: Tensor | None = None
 
     @classmethod
     def all_of(cls, counts: Sequence[int], device: torch.device) -> Alive:
@@ -45,7 +49,8 @@ class Alive:
         if self.original.device == device and not self.memory:
             return self
         memory = {name: {key: signal.to(device) for key, signal in mine.items()} for name, mine in self.memory.items()}
-        return Alive(self.original.to(device), self.counts, memory)
+        size = None if self.size is None else self.size.to(device)
+        return Alive(self.original.to(device), self.counts, memory, size)
 
     @property
     def valid(self) -> Tensor:
@@ -68,7 +73,15 @@ class Alive:
             name: dict(zip(signals, keep_tokens(list(signals.values()), index), strict=True))
             for name, signals in self.memory.items()
         }
-        return Alive(self.original.gather(1, index), counts, memory), index
+        size = None if self.size is None else self.size.gather(1, index)
+        return Alive(self.original.gather(1, index), counts, memory, size), index
+
+    def absorb(self, owner: Tensor) -> Alive:
+        """The same tokens once each stands for those that `owner` [B, V] gives it too."""
+        before = torch.ones_like(self.original, dtype=torch.float32) if self.size is None else self.size
+        before = before.masked_fill(~self.valid, 0.0)
+        size = torch.zeros_like(before).scatter_add(1, owner.where(self.valid, own_index(owner)), before)
+        return dataclasses.replace(self, size=size.clamp(min=1.0))
 
 
 @dataclass(frozen=True)
@@ -78,14 +91,14 @@ class Cut:
     Attributes:
         alive: the survivors.
         index: [B, V'] index of each survivor on the old V axis.
-        owner: [B, V] for merges: old V axis index of the token that absorbs each token; None if tokens are dropped.
-        scores: [B, V] what the scorer returned, or None if it selects directly.
+        merge: who stands for whom, on the old V axis; None if tokens are dropped.
+        scores: [B, V] what the scorer returned, or None if nobody wants to know, or it selects directly.
         before: alive tokens of each row before the cut.
     """
 
     alive: Alive
     index: Tensor
-    owner: Tensor | None
+    merge: Merge | None
     scores: Tensor | None
     before: Alive
 
@@ -140,28 +153,23 @@ def make_cut(
         want_scores: also return the scores.
 
     Raises:
-        PlanError: if the scorer returns another number of tokens than asked.
+        PlanError: if a rule keeps another number of tokens than asked.
     """
     view = _token_view(stage.site, stage.scorer, alive, hidden, keep, layout, grids, text_key, text)
-    counts = keep
-    if stage.adaptive:
-        decided = stage.scorer.count(view).tolist()
-        counts = [min(now, max(int(n), k)) for n, k, now in zip(decided, keep, alive.counts, strict=True)]
-        view = dataclasses.replace(view, keep=torch.tensor(counts, device=view.keep.device))
-    kept = stage.scorer.select(view)
-    # top-k keeps what it was asked for by construction; a scorer's own select() is checked
-    if type(stage.scorer).select is not Scorer.select:
-        found = (kept & view.valid).sum(1).tolist()
-        if found != counts:
-            raise PlanError(
-                f"{stage.scorer.name}.select() kept {found} tokens a sample at {stage.site}, but {counts} were asked."
-            )
-    owner = stage.scorer.assign(view, kept) if stage.scorer.merges else None
-    scores = None
-    if want_scores and type(stage.scorer).score is not Scorer.score:
-        scores = stage.scorer.score(view).float()
-    after, index = alive.keep(kept, counts)
-    return Cut(after, index, owner, scores, alive)
+    choice: Choice = choose(stage, view, keep)
+    after = alive if choice.merge is None else alive.absorb(choice.merge.owner)
+    after, index = after.keep(choice.kept, choice.counts)
+    scores = None if choice.scores is None or not want_scores else choice.scores.float()
+    return Cut(after, index, choice.merge, scores, alive)
+
+
+def merge_states(hidden: Tensor, merge: Merge, alive: Alive) -> Tensor:
+    """[B, V, D] states of tokens `alive` before a cut -> the same once survivors hold what was merged into them."""
+    weight = alive.size if merge.weight is None else merge.weight
+    if not merge.summed:
+        return merge_tokens(hidden, merge.owner, alive.valid, weight)
+    mean, total = merge_tokens(hidden, merge.owner, alive.valid, weight, totals=True)
+    return (mean.float() * total[..., None]).to(hidden.dtype).where((total > 0)[..., None], hidden)
 
 
 def record_cut(site: Site, alive: Alive, cut: Cut | None, text: tuple[Tensor, ...] | None = None) -> Kept:
@@ -170,11 +178,25 @@ def record_cut(site: Site, alive: Alive, cut: Cut | None, text: tuple[Tensor, ..
     def split(values: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
         return tuple(row[:n] for row, n in zip(values.to(alive.original.device), counts, strict=True))
 
-    indices = split(alive.original, alive.counts)
-    if cut is None or cut.scores is None:
-        return Kept(site, indices, text=text)
-    counts = cut.before.counts
-    return Kept(site, indices, split(cut.scores, counts), split(cut.before.original, counts), text)
+    record = Kept(site, split(alive.original, alive.counts), text=text)
+    if cut is None:
+        return record
+    before = split(cut.before.original, cut.before.counts)
+    if cut.scores is not None:
+        record = dataclasses.replace(record, scores=split(cut.scores, cut.before.counts), alive=before)
+    if cut.merge is not None:
+        owners = split(cut.before.original.gather(1, cut.merge.owner.where(cut.before.valid, 0)), cut.before.counts)
+        record = dataclasses.replace(record, merged=_merged(before, owners, record.indices))
+    return record
+
+
+def _merged(before: tuple[Tensor, ...], owners: tuple[Tensor, ...], indices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """For each sample [2, n] the tokens that left into another, and which: `Kept.merged`."""
+    pairs = []
+    for token, owner, kept in zip(before, owners, indices, strict=True):
+        gone = (token != owner) & torch.isin(owner, kept)
+        pairs.append(torch.stack([token[gone], owner[gone]]))
+    return tuple(pairs)
 
 
 def _token_view(
@@ -210,4 +232,6 @@ def _token_view(
         },
         text_key=text_key,
         text=text,
+        images=((0,),) * len(keep) if layout is None else layout.images,
+        size=alive.size,
     )

@@ -75,8 +75,8 @@ class Prefill:
 
         Args:
             arguments: of the text model.
-            departed: [B, V] ordinal (1, 2, ...) of the tower stage at which each token left, 0 for survivors, and how
-                many survivors each sample should have; or None.
+            departed: [B, V, 4] why each token left the tower (see `read_departures`), 0 for survivors, and how many
+                survivors each sample should have; or None.
         """
         check_per_token(arguments, self.length, "the text model")
         hidden, cache = arguments["inputs_embeds"], arguments.get("past_key_values")

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from vtprune.contract import top_k_mask
 from vtprune.errors import InputError
-from vtprune.hooks.alive import Alive, cut_counts, make_cut, record_cut
+from vtprune.hooks.alive import Alive, cut_counts, make_cut, merge_states, record_cut
 from vtprune.hooks.departures import book_departures
 from vtprune.hooks.families.base import Prompt
 from vtprune.hooks.rows import Rows
 from vtprune.hooks.views import text_keys, text_view
 from vtprune.kernels.keep_tokens import keep_tokens
-from vtprune.kernels.merge_tokens import merge_tokens
 from vtprune.layout import Layout
 from vtprune.plan import Plan
 from vtprune.report import Kept
@@ -73,14 +72,14 @@ class Survivors:
         """True if stage `ordinal` drops something."""
         return self.targets(ordinal) != self.alive.counts
 
-    def leave_tower(self, ordinals: Tensor, expected: list[int], hidden: Tensor) -> Tensor:
+    def leave_tower(self, marks: Tensor, expected: list[int], hidden: Tensor) -> Tensor:
         """Book what left in the tower; the arguments are those of `book_departures`, and [B, N, D] states.
 
         Returns:
             [B, M, D] states of the rows that stay.
         """
         stages = [s for s in self.stages if s.site.kind == "vision"]
-        records, self.alive = book_departures(stages, self.alive, ordinals, expected)
+        records, self.alive = book_departures(stages, self.alive, marks, expected, self.layout)
         self.kept.extend(records)
         return self._drop(hidden) if self.alive.counts != list(self.layout.counts) else hidden
 
@@ -108,8 +107,8 @@ class Survivors:
         if cut.alive.counts == self.alive.counts and not dropped:
             self.kept.append(record_cut(stage.site, self.alive, cut))
             return hidden
-        if cut.owner is not None:
-            merged = merge_tokens(visual, cut.owner, alive.valid)
+        if cut.merge is not None:
+            merged = merge_states(visual, cut.merge, alive)
             # padding of the V axis is written to a spare row behind the last one
             rows = rows.masked_fill(~alive.valid, hidden.shape[1])
             spare = torch.cat([hidden, hidden[:, :1]], 1)

@@ -21,7 +21,7 @@ from vtprune.cells import split_in_proportion
 from vtprune.contract import AttentionView, Scorer
 from vtprune.cost import vision_flops
 from vtprune.errors import BudgetError, HostContractError, InputError
-from vtprune.hooks.alive import Alive, make_cut, observe_all
+from vtprune.hooks.alive import Alive, Cut, make_cut, merge_states, observe_all
 from vtprune.hooks.call import check_per_token
 from vtprune.hooks.departures import Departures
 from vtprune.hooks.tower_rows import TowerRows
@@ -55,6 +55,7 @@ class TowerCall:
             raise InputError(mixed)
         self._geometry, self._tower = geometry, tower
         self._units = [unit for medium in media for unit in medium.units]
+        self._last = -1 if geometry.vision is None else geometry.vision.feature_block
         self._has_cls = geometry.vision is not None and geometry.vision.has_cls
         plans = [stages_of(medium.tokens) for medium in media]
         self._stages = {stage.site.index: (ordinal, stage) for ordinal, stage in enumerate(plans[0], start=1)}
@@ -102,7 +103,8 @@ class TowerCall:
         rows = self._rows if index else self._start(hidden)
         if rows is None:
             return None
-        cut = self._stages.get(index - 1)
+        # a tower may go on behind the block that is read: nobody sees what it does there
+        cut = self._stages.get(index - 1) if index <= self._last else None
         if cut is not None:
             self._follow(hidden)
             check_per_token(named, hidden.shape[-2], f"tower block {index}")
@@ -120,26 +122,34 @@ class TowerCall:
         mask = self._mask
         return {**named, "attention_mask": mask if mask is None else mask.to(states.device)}
 
-    def _cut(self, ordinal: int, stage: Stage, hidden: Tensor, rows: TowerRows) -> Tensor:
+    def _decide(self, ordinal: int, stage: Stage, states: Tensor) -> Cut | None:
+        """Cut the cells, whose states are [U, V, W], in the books; None if all stay."""
         cells = self._cells
         keep = [min(target, now) for target, now in zip(self._targets[ordinal], cells.counts, strict=True)]
         if keep == cells.counts:
-            return hidden
+            return None
         grids = [[unit.grid] for unit in self._units]
         texts = ((),) * len(keep)
-        states = rows.states(hidden, cells)
         cut = make_cut(stage, cells, states, keep, None, grids, texts, None, self.scores is not None)
-        after = cut.alive
-        if after.counts == cells.counts:
-            return hidden
-        self._departures.note(ordinal, cells, after)
+        if cut.alive.counts == cells.counts:
+            return None
+        self._departures.note(ordinal, cells, cut.alive, None if cut.merge is None else cut.merge.owner)
         if self.scores is not None and self._departures.kept is not None:
             order = self._departures.rows_of(cells).argsort()
             values = None if cut.scores is None else cut.scores[cells.valid][order]
             scored = self._departures.rows_of(cells)[order]
             self.scores.stages[ordinal] = StageScores(scored, values, self._departures.kept)
-        self._cells = after
-        hidden = rows.keep(after, hidden)
+        self._cells = cut.alive
+        return cut
+
+    def _cut(self, ordinal: int, stage: Stage, hidden: Tensor, rows: TowerRows) -> Tensor:
+        cells = self._cells
+        cut = self._decide(ordinal, stage, rows.states(hidden, cells))
+        if cut is None:
+            return hidden
+        if cut.merge is not None:
+            hidden = rows.merge(cells, hidden, cut.merge)
+        hidden = rows.keep(self._cells, hidden)
         real = rows.real()
         if real is not None and self._tower.packing == "padded":
             config: Any = self._tower.module.config
@@ -199,12 +209,34 @@ class TowerCall:
         self._follow(states)
         return states if self._rows is None or not self._rows.pruned else self._rows.full(states)
 
+    def after_block(self, index: int, hidden: Tensor) -> Tensor | None:
+        """[R, D] what block `index` gives -> of the patches that are left, where the projector gets just these."""
+        cut = self._stages.get(index) if index == self._last else None
+        if self._rows is None or cut is None:
+            return None
+        self._follow(hidden)
+        return self._cut(*cut, hidden, self._rows)
+
     def before_projector(self, states: Tensor) -> Tensor | None:
         """[..., W] rows of all visual tokens, S in all -> [K, W] of those that are left; None leaves them."""
         self._follow(states)
+        cut = self._stages.get(self._last)
+        if cut is not None:
+            states = self._cut_rows(*cut, states)
         kept = self._departures.kept
         self._laid_out = tuple(states.shape[:-1])
         return None if kept is None else states.reshape(-1, states.shape[-1])[kept]
+
+    def _cut_rows(self, ordinal: int, stage: Stage, states: Tensor) -> Tensor:
+        """Cut between tower and projector: nobody computes on the cells but the projector, one row each."""
+        cells, flat = self._cells, states.reshape(-1, states.shape[-1])
+        rows = self._departures.rows_of(cells)
+        place = torch.zeros_like(cells.original).masked_scatter(cells.valid, rows)
+        mine = flat[place]
+        cut = self._decide(ordinal, stage, mine)
+        if cut is None or cut.merge is None:
+            return states
+        return flat.index_copy(0, rows, merge_states(mine, cut.merge, cells)[cells.valid]).view(states.shape)
 
     def after_projector(self, features: Tensor) -> Tensor | None:
         """[K, D] -> [..., D] with what left marked (see `departures`); None leaves them."""

@@ -123,6 +123,8 @@ class TowerHooks:
                 pre(self._family.attention(block), self._on_attention)
         if tower.packing != "segments":
             post(tower.module, self._after_tower)
+        else:
+            post(tower.blocks[-1], self._after_block(len(tower.blocks) - 1))
         for block, scorers in watched_blocks(self._planner.nominal, "vision").items():
 
             def observe(*seen: Any, block: int = block, scorers: Any = scorers) -> None:
@@ -136,6 +138,14 @@ class TowerHooks:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return None if runs.call is None else runs.call.block(index, args[0], args[1:], kwargs)
+
+        return hook
+
+    def _after_block(self, index: int) -> Callable[..., Any]:
+        runs = self._runs
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor | None) -> Tensor | None:
+            return None if runs.call is None or output is None else runs.call.after_block(index, output)
 
         return hook
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from vtprune.errors import HostContractError
-from vtprune.hooks.alive import Alive
+from vtprune.hooks.alive import Alive, merge_states
 from vtprune.hooks.units import Packing, Unit, table
 from vtprune.kernels.keep_tokens import keep_tokens
+from vtprune.rules import Merge
 
 __all__ = ["TowerRows"]
 
@@ -90,6 +91,15 @@ class TowerRows:
         # units without rows point behind the last one
         index = (self.columns(cells) + self._starts(self.rows.counts)).clamp(max=len(flat) - 1)
         return flat[index].unflatten(1, (-1, self.cell)).mean(2)
+
+    def merge(self, cells: Alive, hidden: Tensor, merge: Merge) -> Tensor:
+        """The same states once the rows of survivors hold what was merged into them, patch by patch of a cell."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        index = self.columns(cells) + self._starts(self.rows.counts)
+        there = self.patches(cells.valid)
+        states = flat[index.clamp(max=len(flat) - 1)].unflatten(1, (-1, self.cell)).flatten(2)
+        merged = merge_states(states, merge, cells).unflatten(2, (self.cell, -1)).flatten(1, 2)
+        return flat.index_copy(0, index[there], merged[there]).view(hidden.shape)
 
     def keep(self, cells: Alive, hidden: Tensor) -> Tensor:
         """Drop all rows but CLS and those of `cells`; the states that are left.

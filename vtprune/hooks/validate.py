@@ -43,10 +43,11 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
                 "positions='compact' has no meaning where layers have sliding windows: a sequence that is closed up "
                 "would bring far tokens back into them. Use positions='keep'."
             )
-        early = site.kind == "input" or (site.kind == "layer" and site.index < geometry.deepstack)
-        if scorer.merges and early and geometry.deepstack:
+        merger = scorer.name if stage.rules[1] is None else f"{scorer.name}/{stage.rules[1].name}"
+        early = site.kind != "layer" or site.index < geometry.deepstack
+        if stage.merges and early and geometry.deepstack:
             raise PlanError(
-                f"{scorer.name} merges tokens at {site}, but this model adds visual features again until after layer "
+                f"{merger} merges tokens at {site}, but this model adds visual features again until after layer "
                 f"{geometry.deepstack - 1} (DeepStack), which a merged token would miss. Merge at "
                 f"layer[{geometry.deepstack}] or later, or use a method that drops."
             )
@@ -55,14 +56,11 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
         if site.kind == "vision":
             if geometry.vision is None:
                 raise UnsupportedModelError(f"family {geometry.family!r} has no vision stages, got {site}.")
-            last = geometry.vision.feature_block - 1
+            last = geometry.vision.feature_block
             if site.index > last:
                 raise PlanError(
-                    f"{site} is too late: the projector reads block {geometry.vision.feature_block}, so the last cut "
-                    f"is vision[{last}]."
+                    f"{site} is too late: the projector reads block {last}, so the last cut is vision[{last}]."
                 )
-            if scorer.merges:
-                raise PlanError(f"{scorer.name} merges tokens, which {site} cannot; use it at 'input' or 'layer[k]'.")
         if scorer.reads_attention and site.kind == "input":
             raise PlanError(f"{scorer.name} reads attention, which does not exist yet at 'input'; use 'layer[k]'.")
         if scorer.queries in ("cls", "mean") and site.kind in ("restart", "layer"):

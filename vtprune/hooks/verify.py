@@ -82,7 +82,8 @@ def verify(
     Raises:
         InputError: if the prompt has no image.
         UnsupportedModelError: if its decoder has sliding windows or two-way blocks, which this check cannot hide
-            tokens from, or adds visual features in its layers that a tower cut would change.
+            tokens from, or adds visual features in its layers that a tower cut would change; or if the plan merges
+            tokens between layers.
         and what `prune` raises.
     """
     family = family_of(model.config)(without_adapters(model))
@@ -98,6 +99,12 @@ def verify(
             raise UnsupportedModelError(
                 f"{type(model).__name__} adds visual features of its tower to decoder layers, which a tower cut "
                 "changes; verify() serves cuts at 'input' or later."
+            )
+        merging = next((s for s in session.plan.at("layer") if s.merges), None)
+        if merging is not None:
+            raise UnsupportedModelError(
+                f"{merging.scorer.name} merges tokens at {merging.site}, which hiding cannot imitate; verify() serves "
+                "merges at 'input' or in the tower, whose result enters both runs."
             )
         with _watching(parts, session) as seen:
             model(**inputs)

@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from vtprune.contract import METHODS, Scorer, TokenView
+from vtprune.contract import METHODS, Scorer
 from vtprune.plan import Site
+from vtprune.selections.max_min import MaxMin
 
 __all__ = ["DivPrune"]
-
-# elements of one block of cosines while the first token is sought
-_BLOCK = 1 << 22
 
 
 @METHODS.register("divprune")
@@ -36,43 +30,7 @@ class DivPrune(Scorer):
     summary: ClassVar[str] = "greedy max-min diversity of the tokens before the decoder (arXiv 2503.02175)"
     site: ClassVar[Site | None] = Site("input")
 
-    def select(self, view: TokenView) -> Tensor:
-        """[B, V] True at the chosen tokens, `view.keep[b]` of them a sample."""
-        valid = view.valid
-        alive, wanted = valid.sum(1).tolist(), view.keep.tolist()
-        steps = max((min(n, k) for n, k in zip(alive, wanted, strict=True)), default=0)
-        if all(k >= n for n, k in zip(alive, wanted, strict=True)):
-            return valid.clone()
-        states = functional.normalize(view.hidden.detach().float().masked_fill(~valid[:, :, None], 0.0), dim=2)
-        sample = torch.arange(valid.shape[0], device=valid.device)
-        kept = torch.zeros_like(valid)
-        spread = _nearest_other(states, valid)
-        for step in range(steps):
-            pick = spread.masked_fill(kept | ~valid, -1.0).argmax(1)
-            kept[sample, pick] |= step < view.keep
-            distance = _distance(torch.bmm(states, states[sample, pick][:, :, None])[:, :, 0])
-            spread = distance if step == 0 else torch.minimum(spread, distance)
-        return kept & valid
-
-
-def _distance(cosine: Tensor) -> Tensor:
-    """1 - cos in whole steps of 2**-20, at least 0; exact in fp32."""
-    return ((1.0 - cosine) * 2**20).round().clamp(min=0.0)
-
-
-def _nearest_other(states: Tensor, valid: Tensor) -> Tensor:
-    """[B, V] distance of each token to its nearest other valid token; +inf if there is none.
-
-    Args:
-        states: [B, V, D] unit vectors.
-        valid: [B, V].
-    """
-    batch, length = valid.shape
-    size = max(1, _BLOCK // max(1, batch * length))
-    nearest = []
-    for start in range(0, length, size):
-        rows = torch.arange(start, min(start + size, length), device=valid.device)
-        cosine = states[:, rows] @ states.transpose(1, 2)
-        other = valid[:, None, :] & (rows[:, None] != torch.arange(length, device=valid.device))
-        nearest.append(cosine.masked_fill(~other, float("-inf")).amax(2))
-    return _distance(torch.cat(nearest, dim=1))
+    @property
+    def selection(self) -> MaxMin:
+        """The rule itself: there is no score."""
+        return MaxMin()

@@ -42,19 +42,20 @@ def _stage(stage: Stage, record: Kept | Mapping[str, Any]) -> Stage:
     given = record if isinstance(record, Mapping) else vars(record)
     if str(given["site"]) != str(stage.site):
         raise PlanError(f"a set recorded at {given['site']} does not belong to the plan's stage at {stage.site}.")
-    if stage.scorer.merges:
-        raise PlanError(
-            f"{stage.scorer.name} merges tokens at {stage.site}, and sets do not say into which; no replay."
-        )
+    if stage.merges:
+        rule = stage.rules[1]
+        name = stage.scorer.name if rule is None else f"{stage.scorer.name}/{rule.name}"
+        raise PlanError(f"{name} merges tokens at {stage.site}, and a replay can only keep and drop; no replay.")
     if given.get("text") is not None or stage.scorer.drops_text:
         raise PlanError(f"{stage.scorer.name} also drops text at {stage.site}; only visual tokens can be replayed.")
     scorer = Replay(tuple(tuple(int(n) for n in sample) for sample in given["indices"]))
     if stage.site.kind == "vision":
         # a tower cuts every image to the count that the stage names
-        return replace(stage, scorer=scorer)
+        return replace(stage, scorer=scorer, selection=None, remainder=None)
     # nothing is asked, so survivors of a restart go in from the start
     site = Site("input") if stage.site.kind == "restart" else stage.site
-    return replace(stage, site=site, scorer=scorer, keep=0 if site.kind == "layer" else 1, adaptive=True)
+    keep = 0 if site.kind == "layer" else 1
+    return replace(stage, site=site, scorer=scorer, keep=keep, adaptive=True, selection=None, remainder=None)
 
 
 @METHODS.register("replay", listed=False)

@@ -1,0 +1,1 @@
+"""What happens to tokens that are not selected: one rule a file, filled in by `vtprune.rules.REMAINDERS`."""

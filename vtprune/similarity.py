@@ -1,0 +1,64 @@
+"""Cosines of token states, compared in whole steps so that rounding decides nothing.
+
+Sums of products come out differently in their last bits on another device, in another batch, or in another order. What
+is compared here is rounded to steps of 2**-20 first: equal tokens (flat background) then tie exactly, and a tie can go
+to the earlier token everywhere. Axes: B samples, V tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["STEP", "blocks_of_rows", "cosine_distance", "nearest_target", "unit_states"]
+
+STEP = 2.0**-20
+# elements of one block of cosines
+_BLOCK = 1 << 22
+
+
+def unit_states(states: Tensor, valid: Tensor) -> Tensor:
+    """[B, V, D] -> the same scaled to length 1, fp32; zero vectors and padding are 0."""
+    return functional.normalize(states.detach().float().masked_fill(~valid[:, :, None], 0.0), dim=2)
+
+
+def cosine_distance(cosine: Tensor) -> Tensor:
+    """1 - cos in whole steps of 2**-20, at least 0; exact in fp32."""
+    return ((1.0 - cosine) * 2**20).round().clamp(min=0.0)
+
+
+def blocks_of_rows(batch: int, length: int, width: int, device: torch.device) -> Iterator[Tensor]:
+    """Numbers of rows, so many at a time that [batch, rows, width] stays small."""
+    size = max(1, _BLOCK // max(1, batch * width))
+    for start in range(0, length, size):
+        yield torch.arange(start, min(start + size, length), device=device)
+
+
+def nearest_target(states: Tensor, targets: Tensor) -> Tensor:
+    """[B, V] int64: for each token the index on the V axis of the target with the highest cosine.
+
+    Ties go to the earlier. Where a sample has no target a token's own index is given.
+    Cost: O(V T D) for T targets, in blocks.
+
+    Args:
+        states: [B, V, D] unit vectors.
+        targets: [B, V] bool.
+    """
+    batch, length = targets.shape
+    own = torch.arange(length, device=targets.device).expand(batch, -1)
+    counts = targets.sum(1)
+    width = int(counts.max()) if batch else 0
+    if width == 0:
+        return own.clone()
+    index = torch.argsort((~targets).to(torch.uint8), dim=1, stable=True)[:, :width]
+    there = torch.arange(width, device=targets.device) < counts[:, None]
+    others = states.gather(1, index[..., None].expand(-1, -1, states.shape[2])).transpose(1, 2)
+    nearest = []
+    for rows in blocks_of_rows(batch, length, width, targets.device):
+        distance = cosine_distance(states[:, rows] @ others)
+        nearest.append(distance.masked_fill(~there[:, None], float("inf")).argmin(2))
+    found = index.gather(1, torch.cat(nearest, 1))
+    return found.where(counts[:, None] > 0, own)

@@ -297,7 +297,8 @@ def test_run_asks_about_an_example_by_name() -> None:
 
 @needs_embedded
 @pytest.mark.parametrize(
-    ("method", "label"), [("dyvte", "dyvte"), ("flowcut@50%+fastv", "flowcut@50%+fastv 0.25"), ("flowcut@1/2+dyvte", "")]
+    ("method", "label"),
+    [("dyvte", "dyvte"), ("flowcut@50%+fastv", "flowcut@50%+fastv 0.25"), ("flowcut@1/2+dyvte", "flowcut@1/2+dyvte")],
 )
 def test_run_takes_chains_and_methods_that_decide(method: str, label: str) -> None:
     result = _invoke("run", "--method", method)

@@ -29,7 +29,7 @@ def run_command(
     example: str | None = typer.Option(None, "--example", help="Ask about an example that ships, such as scene_1."),
     video: list[Path] | None = typer.Option(None, "--video", help="Video file; may be repeated."),
     question: str | None = typer.Option(None, "--question", help="Question about them."),
-    method: str | None = typer.Option(None, "--method", help=METHOD_HELP + " Or a chain, flowcut@1/2+fastv. Default: fastv."),
+    method: str | None = typer.Option(None, "--method", help=METHOD_HELP + " Or a chain: flowcut@1/2+fastv."),
     keep: str | None = typer.Option(None, "--keep", help=KEEP_HELP + " Default: 25%."),
     basis: str = typer.Option("average", "--basis", help="average over the decoder layers, or final."),
     model: str = typer.Option("tiny:llava", "--model", help=SPEC_HELP),

@@ -14,6 +14,7 @@ from vtprune.stopwatch import timer
 if TYPE_CHECKING:
     from vtprune.demo.models import Loaded
     from vtprune.demo.settings import Run
+    from vtprune.plan import Plan
     from vtprune.prompt import Question
     from vtprune.report import Report
 
@@ -35,6 +36,7 @@ class Answer:
         text: the same for people.
         finished: there are no more.
         report: of the pruned prefill.
+        plan: that it followed.
         prefill_s: median seconds of a prefill, tower included.
         tokens_per_s: while decoding.
         agrees: leading tokens that are those of the unpruned answer; None while either still runs.
@@ -46,6 +48,7 @@ class Answer:
     text: str = ""
     finished: bool = False
     report: Report | None = None
+    plan: Plan | None = None
     prefill_s: float | None = None
     tokens_per_s: float | None = None
     agrees: int | None = None
@@ -110,7 +113,9 @@ def race(loaded: Loaded, question: Question, runs: Sequence[Run], max_new_tokens
                 answer.text = loaded.decode(stream.ids)
             yield state
     for answer, session in zip(answers[1:], sessions, strict=True):
-        answer.report = session.report
+        report = answer.report = session.report
+        images = len(question.images) + len(question.videos)
+        answer.plan = session.plan_for(report.visual_tokens[0], report.text_tokens[0], images)
         answer.agrees = agreement(answers[0].ids, answer.ids)
     state.phase = "measuring"
     # a round is a prefill, and another one with a few steps behind it

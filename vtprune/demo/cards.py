@@ -11,9 +11,10 @@ from vtprune.commands.show import byte_text, flop_text
 
 if TYPE_CHECKING:
     from vtprune.demo.ask import Answer, Race
+    from vtprune.demo.stability import Point
     from vtprune.report import Report
 
-__all__ = ["answers_html", "costs_html", "error_html"]
+__all__ = ["answers_html", "costs_html", "error_html", "points_html", "waiting_html"]
 
 
 class _Cost(NamedTuple):
@@ -29,6 +30,36 @@ class _Cost(NamedTuple):
 def error_html(message: str) -> str:
     """A message in place of answers."""
     return f'<div class="vtp-error" role="alert">{escape(message)}</div>'
+
+
+def waiting_html(message: str) -> str:
+    """What is going on before there is an answer."""
+    return f'<p class="vtp-waiting" role="status">{escape(message)}</p>'
+
+
+def points_html(points: Sequence[Point]) -> str:
+    """The budget sweep in numbers: a line a method, a column a budget."""
+    keeps = list(dict.fromkeys(point.keep for point in points))
+    heads = "".join(f'<th scope="col">{escape(keep)}</th>' for keep in keeps)
+    rows = []
+    for method in dict.fromkeys(point.method for point in points):
+        mine = {point.keep: point for point in points if point.method == method}
+        cells = "".join(_point_cell(mine.get(keep)) for keep in keeps)
+        rows.append(f'<tr><th scope="row">{escape(method)}</th>{cells}</tr>')
+    return (
+        f'<div class="vtp-costs"><table><thead><tr><th scope="col">probability at</th>{heads}</tr></thead><tbody>'
+        f"{''.join(rows)}</tbody></table><p>&#10003; its own answer is the unpruned one, &#8800; it is another one; a "
+        "dash: the budget is out of the method's reach.</p></div>"
+    )
+
+
+def _point_cell(point: Point | None) -> str:
+    if point is None:
+        return "<td></td>"
+    if point.probability is None:
+        return f'<td title="{escape(point.message)}">-</td>'
+    mark = "&#10003;" if point.same else "&#8800;"
+    return f"<td>{point.probability:.2f}&nbsp;{mark}</td>"
 
 
 def answers_html(race: Race) -> str:
@@ -75,7 +106,8 @@ def costs_html(race: Race) -> str:
         return ""
     rows = "".join(_row(cost, race.pruned) for cost in _costs(race.answers[0], reports[0]))
     heads = "".join(f'<th scope="col">{escape(answer.title)}</th>' for answer in race.pruned)
-    foot = [f"Times are medians of {race.rounds} round(s), taken in turn." if race.rounds else "Measuring times."]
+    rounds = "one round" if race.rounds == 1 else f"{race.rounds} rounds"
+    foot = [f"Times are medians of {rounds}, taken in turn." if race.rounds else "Measuring times."]
     foot += [note for report in reports for note in report.notes]
     notes = "".join(f"<p>{escape(note)}</p>" for note in dict.fromkeys(foot))
     return (
@@ -115,8 +147,8 @@ def _row(cost: _Cost, answers: Sequence[Answer]) -> str:
         share = value / cost.full
         # text as wide as a bar that is longer than the unpruned one's would run out of the cell
         bar = f'<span class="vtp-bar"><i style="width:{100 * min(share, 1.5) / 1.5:.1f}%"></i></span>'
-        better = share < 0.995 if not cost.more_is_better else share > 1.005
-        kind = "vtp-better" if better else ""
+        gain = share - 1 if cost.more_is_better else 1 - share
+        kind = "vtp-better" if gain > 0.005 else "vtp-worse" if gain < -0.005 else ""
         text = f'<span class="vtp-share">{100 * share:.3g} %</span> <span class="vtp-value">{cost.text(value)}</span>'
         cells.append(f'<td class="{kind}">{bar}{text}</td>')
     return f'<tr><th scope="row">{cost.name}</th><td>{cost.text(cost.full)}</td>{"".join(cells)}</tr>'

@@ -64,6 +64,10 @@ class Models:
         self._loaded: dict[str, Loaded] = {}
         self._locks = {spec: threading.Lock() for spec in self.specs}
 
+    def is_loaded(self, spec: str) -> bool:
+        """It need not be waited for."""
+        return spec in self._loaded
+
     def __getitem__(self, spec: str) -> Loaded:
         """The model, loaded if it is not yet.
 

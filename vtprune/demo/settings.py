@@ -47,11 +47,14 @@ class Run:
 def public_knobs(name: str) -> list[str]:
     """The knobs of a method that a visitor may set: those its own class declares.
 
-    What base classes declare says from which folder or repository weights are read, which is not for visitors.
+    What base classes declare says from which folder or repository weights are read, which is not for visitors, and what
+    is marked as internal is set by plans.
     """
     from vtprune.tune.knobs import own_fields
 
-    return own_fields(parse_method(name))
+    method = parse_method(name)
+    internal = {f.name for f in dataclasses.fields(method) if f.metadata.get("internal")}
+    return [knob for knob in own_fields(method) if knob not in internal]
 
 
 def read_method(text: str) -> str:

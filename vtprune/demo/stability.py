@@ -82,9 +82,10 @@ def _point(loaded: Loaded, inputs: Mapping[str, Any], run: Run, answer: Sequence
     asked = "its own choice" if run.keep is None else run.keep
     try:
         session = run.attach(model)
+        # where images differ in their tokens, only the prompt tells what is in reach
+        chances, best = _chances(model, inputs, answer)
     except BudgetError as error:
         return Point(run.method, asked, None, None, None, str(error))
-    chances, best = _chances(model, inputs, answer)
     report = session.report
     mean = math.exp(sum(math.log(max(p, 1e-30)) for p in chances) / len(chances))
     share = report.average_tokens[0] / report.visual_tokens[0]

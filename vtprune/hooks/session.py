@@ -88,6 +88,14 @@ class Session:
             raise SessionError("no report yet: call the model (model.generate(...) or model(...)) first.")
         return self._report
 
+    def plan_for(self, visual_tokens: int, text_tokens: int, images: int = 1) -> Plan:
+        """The plan of a prompt of this size; `plan` is that of a prompt with one image.
+
+        Raises:
+            BudgetError: if the budget does not fit this prompt.
+        """
+        return self._planner.plan_for(visual_tokens, text_tokens, images)
+
     def remove(self) -> None:
         """Take every hook and probe off again. The model is exactly as before; calling it twice is harmless."""
         while self._undo:

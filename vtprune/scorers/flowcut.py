@@ -82,7 +82,7 @@ class FlowCut(Scorer):
     value_norm: ValueNorm = "head_mean"
     text_cut: bool | None = None
     tower_factor: float = 2.0
-    remaining: int = 0
+    remaining: int = dataclasses.field(default=0, metadata={"internal": True})
 
     def __post_init__(self) -> None:
         if not _is_number(self.history) or not 0.0 <= self.history <= 1.0:

@@ -24,10 +24,10 @@ _EVERY_MODEL = ("llava", "qwen2_vl", "internvl", "qwen2_vl_plus")
 _PLUS = ("qwen2_vl_plus",)
 # task -> (title, number of the exercise)
 _EXERCISES = {
-    "words": ("Words in coloured ink", 1),
-    "gaps": ("Rings with a gap", 2),
-    "pairs": ("Two pictures to compare", 0),
-    "films": ("A film of eight frames", 3),
+    "words": ("Words", 1),
+    "gaps": ("Rings", 2),
+    "pairs": ("Two pictures", 0),
+    "films": ("Film", 3),
 }
 _FRAMES_A_SECOND = 2
 

@@ -1,0 +1,278 @@
+"""What happens on the page: plain functions from chosen values to what components show."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from vtprune.budget import parse_keep
+from vtprune.cost import plan_cost
+from vtprune.demo.ask import race
+from vtprune.demo.cards import answers_html, costs_html, error_html, points_html, waiting_html
+from vtprune.demo.code import command_line, python_lines
+from vtprune.demo.knobs import with_knob
+from vtprune.demo.media import read_question
+from vtprune.demo.models import Models
+from vtprune.demo.result import Downloads, record_of
+from vtprune.demo.settings import Settings
+from vtprune.demo.stability import Point, stability
+from vtprune.demo.survival import survival
+from vtprune.errors import InputError, VtpruneError
+from vtprune.examples import Example, example, examples
+from vtprune.specs import parse_knobs, parse_method
+
+if TYPE_CHECKING:
+    from vtprune.demo.ask import Race
+    from vtprune.demo.models import Loaded
+    from vtprune.prompt import Question
+
+__all__ = ["NOTHING", "Handlers", "example_of"]
+
+NOTHING = "nothing"
+_Files = list[tuple[str, str | None]] | None
+_OWN_PICTURES = ("Describe the picture.", "What is in the foreground?", "What does the text say?")
+
+
+def paths_of(files: _Files) -> list[Path]:
+    """The files of a gallery."""
+    return [Path(path) for path, _ in files or ()]
+
+
+def example_of(paths: Sequence[Path]) -> Example | None:
+    """The example whose files these are, byte for byte."""
+    for each in examples().values():
+        if [path.name for path in paths] == [file.name for file in each.files] and all(
+            path.read_bytes() == file.read_bytes() for path, file in zip(paths, each.files, strict=True)
+        ):
+            return each
+    return None
+
+
+class Handlers:
+    """The page's functions over the models it offers.
+
+    Args:
+        models: what can be asked.
+        usual: the settings that the page opens with.
+    """
+
+    def __init__(self, models: Models, usual: Settings) -> None:
+        self._models, self.usual = models, usual
+        self._downloads = Downloads()
+
+    # asking
+
+    def ask(self, files: _Files, *chosen: Any) -> Iterator[tuple[Any, ...]]:
+        """Answers, costs, what was seen, and two downloads, as they come."""
+        waiting = "Reading the question." if self._models.is_loaded(chosen[0]) else f"Loading {chosen[0]}."
+        yield waiting_html(waiting), "", {}, gr.skip(), gr.skip()
+        try:
+            settings, loaded, question = self._question(files, *chosen)
+            last = None
+            for state in race(loaded, question, settings.runs(), settings.max_new_tokens):
+                last = state
+                yield answers_html(state), costs_html(state), gr.skip(), gr.skip(), gr.skip()
+            if last is not None:
+                yield answers_html(last), costs_html(last), *self._seen(loaded, question, last, settings)
+        except VtpruneError as error:
+            yield error_html(str(error)), "", {}, gr.skip(), gr.skip()
+
+    def _seen(self, loaded: Loaded, question: Question, last: Race, settings: Settings) -> tuple[Any, ...]:
+        from vtprune.prompt import pictures_seen
+
+        seen = pictures_seen(loaded.processor, last.inputs, question.images)
+        plan = last.pruned[0].plan
+        return (
+            survival(question, seen, last.pruned),
+            gr.DownloadButton(
+                value=self._downloads.write("plan.json", plan and plan.to_dict()), interactive=plan is not None
+            ),
+            gr.DownloadButton(
+                value=self._downloads.write("kept.json", record_of(last, settings)), interactive=plan is not None
+            ),
+        )
+
+    def _question(self, files: _Files, *chosen: Any) -> tuple[Settings, Loaded, Question]:
+        """All that is wrong is found here, before a model runs."""
+        paths = paths_of(files)
+        settings = self.settings(files, *chosen)
+        settings.runs()
+        loaded = self._models[settings.model]
+        return settings, loaded, read_question(loaded.model, loaded.reads_videos, settings.question, paths)
+
+    def settings(
+        self,
+        files: _Files,
+        model: str,
+        question: str,
+        method: str,
+        keep: float,
+        decides: bool,
+        first: str,
+        first_keep: float,
+        beside: str,
+        basis: str,
+        max_new_tokens: float,
+    ) -> Settings:
+        """What the page's fields say; the order is that of the fields."""
+        shown = example_of(paths_of(files))
+        return Settings(
+            model=model,
+            example="" if shown is None else shown.name,
+            question=question,
+            method=method,
+            keep="" if decides and parse_method(method).adaptive else f"{keep:g}%",
+            first="" if first == NOTHING else first,
+            first_keep=f"{first_keep:g}%",
+            beside="" if beside == NOTHING else beside,
+            basis=basis,
+            max_new_tokens=int(max_new_tokens),
+        )
+
+    def stop(self, shown: str) -> str:
+        """The answers of a question that was given up: without their carets, and with a word about it."""
+        if "vtp-caret" not in (shown or ""):
+            return shown
+        return (
+            re.sub(r'<span class="vtp-caret".*?</span>', "", shown)
+            + '<p class="vtp-verdict" role="status">Stopped.</p>'
+        )
+
+    # the budget sweep
+
+    def sweep(self, files: _Files, *chosen: Any) -> Iterator[tuple[Any, Any]]:
+        """Points for the plot, and the same as a table."""
+        points: list[Point] = []
+        try:
+            settings, loaded, question = self._question(files, *chosen)
+            for point in stability(loaded, question, settings.runs(), settings.max_new_tokens):
+                points.append(point)
+                yield _table(points), points_html(points)
+        except VtpruneError as error:
+            yield gr.skip(), error_html(str(error))
+
+    # what follows from the settings
+
+    def describe(self, files: _Files, *chosen: Any) -> tuple[str, str, str, str]:
+        """What the budget means on this model, and the settings as Python, as a command and as a query."""
+        try:
+            settings = self.settings(files, *chosen)
+            run, *_ = settings.runs()
+            loaded = self._models[settings.model]
+            names = [path.name for path in paths_of(files)]
+            code = python_lines(settings, run, names), command_line(settings, run, names), settings.query()
+            return self._preview(loaded, settings), *code
+        except VtpruneError as error:
+            return error_html(str(error)), "", "", ""
+
+    def _preview(self, loaded: Loaded, settings: Settings) -> str:
+        from vtprune.prompt import Question, chat_text
+
+        prompt = chat_text(loaded.processor, Question(settings.question))
+        text = len(getattr(loaded.processor, "tokenizer", loaded.processor)(prompt)["input_ids"])
+        lines = []
+        for run in settings.runs():
+            session = run.attach(loaded.copy())
+            geometry = session.geometry.for_prompt(session.geometry.visual_tokens, text, 1)
+            plan = session.plan_for(geometry.visual_tokens, text, 1)
+            average, share = plan_cost(plan, geometry, "average"), plan_cost(plan, geometry, "flops")
+            about = "about " if geometry.dynamic else ""
+            least = "at least " if any(stage.adaptive for stage in plan.stages) else ""
+            lines.append(
+                f"<b>{escape(run.method)}</b>: {least}{about}{average:.4g} of {geometry.visual_tokens} visual tokens a layer, "
+                f"about {100 * share:.3g} % of the decoder's prefill"
+            )
+        return f'<p class="vtp-preview">{"<br>".join(lines)}</p>'
+
+    def pick_example(self, model: str, event: gr.SelectData) -> tuple[Any, ...]:
+        """Pictures, model, question and suggestions of the example that was clicked."""
+        return self.show_example(model, list(examples().values())[int(event.index)].name)
+
+    def show_example(self, model: str, name: str) -> tuple[Any, ...]:
+        """The same of one that is named; the model changes if it was not made for it and another one was."""
+        shown = example(name)
+        suited = [spec for spec in self._models.specs if spec.removeprefix("tiny:") in shown.models]
+        embedded = model.startswith("tiny:")
+        model = model if not suited or not embedded or model in suited else suited[0]
+        questions = [[question] for question, _ in shown.questions]
+        return [str(file) for file in shown.files], model, questions[0][0], gr.Dataset(samples=questions)
+
+    def suggest(self, files: _Files) -> Any:
+        """Questions that fit the pictures."""
+        shown = example_of(paths_of(files))
+        questions = _OWN_PICTURES if shown is None else [question for question, _ in shown.questions]
+        return gr.Dataset(samples=[[question] for question in questions])
+
+    def method_name(self, method: str) -> tuple[str, Any]:
+        """Its name without knobs, and whether it can decide by itself."""
+        try:
+            named, _ = parse_knobs(method)
+            chosen = parse_method(method)
+        except VtpruneError:
+            return method, gr.skip()
+        return named, gr.Checkbox(visible=chosen.adaptive, value=not chosen.takes_budget)
+
+    def set_knob(self, method: str, knob: str, value: Any) -> Any:
+        """The method's text with a knob set; an illegal value leaves it and says why."""
+        try:
+            return with_knob(method, knob, str(value))
+        except VtpruneError as error:
+            gr.Warning(str(error))
+            return gr.skip()
+
+    def restore(self, request: gr.Request) -> tuple[Any, ...]:
+        """Pictures, suggestions and fields as the link's query has them."""
+        try:
+            query = dict(request.query_params)
+            usual = dataclasses.replace(self.usual, question="") if "example" in query else self.usual
+            settings = Settings.from_query(query, usual)
+            settings.runs()
+            if settings.model not in self._models.specs:
+                raise InputError(f"this demo does not offer the model {settings.model!r} of the link.")
+            return self._fields(settings)
+        except VtpruneError as error:
+            gr.Warning(f"The link was not understood: {error}")
+            return self._fields(self.usual)
+
+    def _fields(self, settings: Settings) -> tuple[Any, ...]:
+        name = settings.example or self.usual.example
+        files, _, question, suggestions = self.show_example(settings.model, name)
+        return (
+            files,
+            suggestions,
+            settings.model,
+            settings.question or question,
+            settings.method,
+            _percent(settings.keep or self.usual.keep),
+            not settings.keep,
+            settings.first or NOTHING,
+            _percent(settings.first_keep),
+            settings.beside or NOTHING,
+            settings.basis,
+            settings.max_new_tokens,
+        )
+
+
+def _percent(keep: str) -> float:
+    value = parse_keep(keep)
+    if isinstance(value, int):
+        raise InputError(f"a link's budget is a share such as 25%, got {keep!r}.")
+    return max(1.0, round(100 * value, 1))
+
+
+def _table(points: Sequence[Point]) -> Any:
+    """What the plot draws."""
+    import pandas
+
+    drawn = [
+        (100 * point.share, point.probability, point.method, point.keep, "same" if point.same else "another")
+        for point in points
+        if point.share is not None
+    ]
+    return pandas.DataFrame(drawn, columns=["budget", "probability", "method", "keep", "answer"])

@@ -3,6 +3,7 @@
 # make test-oldest  the contract tests on the oldest supported transformers
 # make lint      ruff check and format   make types       pyright
 # make bench     speed and memory
+# make demo      the browser demo on http://127.0.0.1:7860
 # Every target sets up .venv by itself the first time and whenever pyproject.toml changes.
 
 PYTHON ?= python3
@@ -29,7 +30,7 @@ STAMP := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test test-slow test-oldest lint types bench setup clean
+.PHONY: run test test-slow test-oldest lint types bench demo setup clean
 
 setup: $(STAMP)
 
@@ -65,6 +66,9 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/vtprune bench --model random:llama-0.3b --methods all --keeps 1/3,2/9,1/9 --out $(OUT)/bench.jsonl --table $(OUT)/bench.md --plot $(OUT)/bench.png $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/vtprune demo $(ARGS)
 
 clean:
 	rm -rf $(VENV) .oldest build dist

@@ -184,10 +184,9 @@ class Handlers:
             average, share = plan_cost(plan, geometry, "average"), plan_cost(plan, geometry, "flops")
             about = "about " if geometry.dynamic else ""
             least = "at least " if any(stage.adaptive for stage in plan.stages) else ""
-            lines.append(
-                f"<b>{escape(run.method)}</b>: {least}{about}{average:.4g} of {geometry.visual_tokens} visual tokens a layer, "
-                f"about {100 * share:.3g} % of the decoder's prefill"
-            )
+            tokens = f"{least}{about}{average:.4g} of {geometry.visual_tokens} visual tokens a layer"
+            cost = f"about {100 * share:.3g} % of the decoder's prefill"
+            lines.append(f"<b>{escape(run.method)}</b>: {tokens}, {cost}")
         return f'<p class="vtp-preview">{"<br>".join(lines)}</p>'
 
     def pick_example(self, model: str, event: gr.SelectData) -> tuple[Any, ...]:

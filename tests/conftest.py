@@ -24,6 +24,8 @@ _ONE_BACKEND = ("test_embedded", "test_families", "test_family_towers", "test_to
 _ASKING = ("_asked_", "-gemfilter]", "-transprune]")
 _ANY = ("test_equals_masked_oracle[", "test_knows_no_batch_mates[")
 _LEARNED = ("-atp]", "-relevance]")
+# methods whose rules have tests of their own: one of them on one embedded model, and one backend elsewhere
+_REST = ("cdpruner", "dart", "fastervlm", "holov", "prumerge", "pyramiddrop", "sparsevlm", "vispruner", "visionzip")
 _DIFFER = ("[llava-", "[llava]", "[qwen2_vl", "[qwen3_vl", "[gemma3", "[idefics2")
 
 
@@ -36,6 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # learned methods cut by the same engine: on one model and backend by default
         learned = item.path.stem in ("test_embedded", "test_invariants") and item.name.endswith(_LEARNED)
         twice = twice or (learned and ("eager" in item.name or "qwen2_vl" in item.name or "internvl" in item.name))
+        rest = any(name in item.name for name in _REST)
+        twice = twice or (rest and item.path.stem == "test_embedded" and "[llava-sdpa-visionzip]" not in item.name)
+        twice = twice or (rest and item.path.stem in ("test_cost", "test_invariants") and "eager" in item.name)
         compiles = "compiled_decode" in item.name
         # and so does what trains a net, or kills a process that does
         compiles = compiles or "trained" in getattr(item, "fixturenames", ()) or "a_killed_process" in item.name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtprune.budget import Budget, Geometry, VisionGeometry
-from vtprune.contract import AttentionView, Memory, Scorer, TokenView, TransitionView
+from vtprune.contract import AttentionView, Memory, Scorer, TextView, TokenView, TransitionView
 from vtprune.plan import Site
 from vtprune.scorers.learned import LearnedScorer
 
@@ -95,7 +95,17 @@ def token_view(
         keep=torch.tensor(list(keep)),
         memory={} if memory is None else memory,
         text_key=tuple((s.seed, s.text) for s in samples),
+        text=text_view(samples, dtype=dtype, poison=poison),
+        images=tuple(tuple(range(len(s.grids))) for s in samples),
     )
+
+
+def text_view(samples: Sequence[Sample], *, dtype: torch.dtype, poison: float) -> TextView:
+    """The text of each sample, two tokens of it before the images."""
+    length = max((s.text for s in samples), default=0)
+    hidden = _pad([s.normal("text", s.text, WIDTH) for s in samples], poison).to(dtype)
+    real = torch.arange(length) < torch.tensor([s.text for s in samples])[:, None]
+    return TextView(hidden, real, real & (torch.arange(length) >= 2))
 
 
 def attention_view(

@@ -15,6 +15,7 @@ from vtprune.choice import choose
 from vtprune.errors import PlanError, UnknownNameError
 from vtprune.hooks.alive import Alive, merge_states
 from vtprune.plan import Site, Stage
+from vtprune.remainders.contextual import Contextual
 from vtprune.remainders.nearest import Nearest
 from vtprune.remainders.recycle import Recycle, density_peaks
 from vtprune.remainders.summary import Summary
@@ -239,6 +240,64 @@ def test_recycle_by_hand() -> None:
 def test_recycle_knobs(knobs: dict, message: str) -> None:
     with pytest.raises(PlanError, match=f"recycle {message}"):
         Recycle(**knobs)
+
+
+# contextual
+
+
+def test_contextual_by_hand() -> None:
+    view, _ = view_of(Sample(((1, 6),)), keep=(3,))
+    view = dataclasses.replace(view, hidden=plane(0, 80, 10, 20, 90, 40))
+    # round(3 * 0.5) = 2 targets; 80 stays. Of the rest 0, 10, 20, 90, 40 every second: 0 and 20 are targets. 10 is as
+    # far from both: the earlier; 90 and 40 go to 20
+    rule = Contextual(share=0.5)
+    scores = torch.tensor([[0.0, 9.0, 0.0, 0.0, 0.0, 0.0]])
+    merge = merged(rule, view, scores)
+    assert merge.kept.nonzero()[:, 1].tolist() == [0, 1, 3]
+    assert merge.owner.tolist() == [[0, 1, 0, 3, 3, 3]]
+    out, states = states_of(view, merge)[0], view.hidden[0]
+    torch.testing.assert_close(out[0], states[0] + states[2])
+    torch.testing.assert_close(out[1], states[1])
+    torch.testing.assert_close(out[3], states[3] + (states[4] + states[5]) / 2)
+    averaged = states_of(view, merged(Contextual(share=0.5, mean=True), view, scores))[0]
+    torch.testing.assert_close(averaged[3], states[[3, 4, 5]].mean(0))
+    # by what the method remembers: there 90 is like 0
+    metric = view.hidden.clone()
+    metric[0, 4] = metric[0, 0]
+    known = dataclasses.replace(view, memory={"metric": metric})
+    assert merged(rule, known, scores).owner.tolist() == [[0, 1, 0, 3, 0, 3]]
+
+
+def test_contextual_equals_the_rule() -> None:
+    view, scores = view_of(Sample(((5, 9),), seed=3), keep=(13,))
+    rule = Contextual(share=0.3)  # 3.9 -> 4
+    merge = merged(rule, view, scores)
+    order = scores[0].argsort(descending=True).tolist()
+    rest = sorted(order[9:])
+    stride = len(rest) // 4
+    targets = rest[::stride][:4]
+    assert merge.kept[0].nonzero()[:, 0].tolist() == sorted([*order[:9], *targets])
+    unit = view.hidden[0] / view.hidden[0].norm(dim=1, keepdim=True)
+    members: dict[int, list[int]] = {t: [] for t in targets}
+    for token in rest:
+        if token not in targets:
+            members[max(targets, key=lambda t: float(unit[token] @ unit[t]))].append(token)
+    out = states_of(view, merge)[0]
+    for target, mine in members.items():
+        want = view.hidden[0, target] + (view.hidden[0, mine].mean(0) if mine else 0.0)
+        torch.testing.assert_close(out[target], want)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"share": 1.0}, r"share must be a number in \[0, 1\), got 1.0"),
+        ({"mean": 3}, "mean must be True or False, got 3"),
+    ],
+)
+def test_contextual_knobs(knobs: dict, message: str) -> None:
+    with pytest.raises(PlanError, match=f"contextual {message}"):
+        Contextual(**knobs)
 
 
 # the stage that carries them

@@ -16,6 +16,7 @@ from vtprune.errors import PlanError, UnknownNameError
 from vtprune.rules import SELECTIONS, Selection
 from vtprune.selections.dpp import DPP
 from vtprune.selections.max_min import MaxMin
+from vtprune.selections.pairs import Pairs
 from vtprune.selections.strata import Strata, split_by_weight
 from vtprune.selections.threshold import Threshold
 from vtprune.selections.top_k import TopK
@@ -83,7 +84,11 @@ def test_everything_nothing_and_one(selection: Selection) -> None:
     assert [len(t) for t in picked(selection, *view_of(*empty, keep=(4, 0)))] == [4, 0]
 
 
-@every
+# pairs are made of even and odd places, so that order matters
+orderless = pytest.mark.parametrize("selection", [s for s in EVERY if s.name != "pairs"], ids=str)
+
+
+@orderless
 def test_the_order_of_tokens_does_not_matter(selection: Selection) -> None:
     sample = Sample(((5, 6),), seed=9)
     view, scores = view_of(sample, keep=(11,))
@@ -94,7 +99,7 @@ def test_the_order_of_tokens_does_not_matter(selection: Selection) -> None:
     assert [sorted(t) for t in picked(selection, dataclasses.replace(view, **moved), scores[:, order])] == want
 
 
-@every
+@orderless
 def test_equal_tokens_are_told_apart_by_order(selection: Selection) -> None:
     view, scores = view_of(*SAMPLES, keep=KEEP)
     same = dataclasses.replace(view, hidden=torch.ones_like(view.hidden))
@@ -119,7 +124,7 @@ def test_unknown_selection_is_suggested() -> None:
         Selection.from_dict({"name": "maxmim"})
 
 
-@pytest.mark.parametrize("selection", [TopK(), Threshold(), Strata(share="score")], ids=str)
+@pytest.mark.parametrize("selection", [TopK(), Threshold(), Strata(share="score"), Pairs()], ids=str)
 def test_those_that_need_scores_say_so(selection: Selection) -> None:
     assert selection.needs_scores
     view, _ = view_of(*SAMPLES, keep=KEEP)
@@ -335,6 +340,48 @@ def test_dealing_by_weight() -> None:
 def test_strata_knobs(knobs: dict, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Strata(**knobs)
+
+
+# pairs
+
+
+def paired(states: Tensor, scores: Tensor, keep: int, important: float, at_once: int) -> list[int]:
+    """The rule one token at a time."""
+    unit = states.double() / states.double().norm(dim=1, keepdim=True)
+    best = sorted(range(len(states)), key=lambda i: -float(scores[i]))[: int(important * keep)]
+    left = [i for i in range(len(states)) if i not in best]
+    while len(left) > keep - len(best):
+        even, odd = left[::2], left[1::2]
+        alike = {a: max((float(unit[a] @ unit[b]) for b in odd), default=-9.0) for a in even}
+        number = min(at_once, len(left) - (keep - len(best)))
+        out = sorted(even, key=lambda a: -alike[a])[:number]
+        left = [i for i in left if i not in out]
+    return sorted(best + left)
+
+
+@pytest.mark.parametrize(("keep", "important", "at_once"), [(9, 0.5, 8), (8, 0.25, 3), (20, 0.0, 1), (5, 1.0, 8)])
+def test_pairs_equal_the_rule(keep: int, important: float, at_once: int) -> None:
+    rule = Pairs(important, at_once)
+    samples = [Sample(((3, 9),), seed=seed) for seed in range(3)] + [Sample(((1, 40),), seed=5)]
+    view, scores = view_of(*samples, keep=(keep,) * 4)
+    want = [paired(view.hidden[b, :n], scores[b], keep, important, at_once) for b, n in enumerate((27, 27, 27, 40))]
+    assert picked(rule, view, scores) == want
+
+
+def test_pairs_by_hand() -> None:
+    view, _ = view_of(Sample(((1, 4),)), keep=(2,))
+    view = dataclasses.replace(view, hidden=plane(0, 60, 5, 90))
+    # 90 is important; of 0, 60, 5 the even ones 0 and 5 are 60 and 55 degrees from the odd 60: 5 goes, then 0
+    scores = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    assert picked(Pairs(at_once=1), view, scores) == [[1, 3]]
+    three = dataclasses.replace(view, keep=torch.tensor([3]))
+    assert picked(Pairs(at_once=1), three, scores) == [[0, 1, 3]]
+    # floor(0.34 * 3) = 1 is important
+    assert picked(Pairs(important=0.34), three, scores) == [[0, 1, 3]]
+    with pytest.raises(PlanError, match=r"pairs important must be a number in \[0, 1\], got 1.5"):
+        Pairs(important=1.5)
+    with pytest.raises(PlanError, match="pairs at_once must be an int >= 1, got 0"):
+        Pairs(at_once=0)
 
 
 def test_selections_are_importable_by_name() -> None:

@@ -121,7 +121,7 @@ class Scorer:
             memory: what earlier blocks left, {} at the first.
 
         Returns:
-            the new memory, tensors [B, V].
+            the new memory, tensors [B, V] or [B, V, d].
         """
         raise PlanError(f"{self.name} sets queries={self.queries!r} but does not define observe().")
 

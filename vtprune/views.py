@@ -16,9 +16,9 @@ from vtprune.plan import Site
 __all__ = ["AttentionView", "Memory", "Queries", "TextView", "TokenView", "TransitionView"]
 
 Memory = dict[str, Tensor]
-"""Per-token running signals of one call, each [B, V]; the engine gathers them whenever tokens are dropped. In a tower
-that merges c patches into a token `observe` sees and returns [B, V * c], the patches of each token side by side, and a
-cut sees their mean."""
+"""Per-token running signals of one call, each [B, V] (or [B, V, d], d numbers a token); the engine gathers them when
+tokens are dropped. In a tower that merges c patches into a token `observe` sees and returns [B, V * c], the patches of
+each token side by side, and a cut sees their mean."""
 
 Queries = Literal["last", "cls", "mean", "instruction"]
 """Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean of real tokens (in a
@@ -44,7 +44,8 @@ class AttentionView:
         softcap: bound c of the logits, which the model takes as c tanh(logit / c), or None.
         rows: [B, R] False at padding of the R axis, or None if there is none.
         first: keys before this one come from earlier calls (a cache).
-        every_query: [B, H, N - first, d] the queries of all rows of the call, None in a tower.
+        every_query: [B, H, N - first, d] the queries of all rows of the call, in a tower of all rows of a unit, where
+            those at padding may hold anything.
     """
 
     block: int

@@ -29,7 +29,9 @@ class Alive:
     Attributes:
         original: [B, V] index among the row's original visual tokens, increasing; padded at the end.
         counts: alive tokens of each row.
-        memory: running signals of the scorers, by scorer name: [B, V], or [B, V, c] where a token is made of c patches.
+        memory: running signals of the scorers, by scorer name: [B, V, ...], or [B, V, c, ...] where a token is made of
+            c patches.
+        patches: c, 1 if `memory` has no such axis.
         size: [B, V] how many original tokens each one stands for, fp32; None if none was merged.
     """
 
@@ -37,6 +39,7 @@ class Alive:
     counts: list[int]
     memory: dict[str, Memory] = field(default_factory=dict)
     size: Tensor | None = None
+    patches: int = 1
 
     @classmethod
     def all_of(cls, counts: Sequence[int], device: torch.device) -> Alive:
@@ -50,7 +53,7 @@ class Alive:
             return self
         memory = {name: {key: signal.to(device) for key, signal in mine.items()} for name, mine in self.memory.items()}
         size = None if self.size is None else self.size.to(device)
-        return Alive(self.original.to(device), self.counts, memory, size)
+        return Alive(self.original.to(device), self.counts, memory, size, self.patches)
 
     @property
     def valid(self) -> Tensor:
@@ -74,7 +77,7 @@ class Alive:
             for name, signals in self.memory.items()
         }
         size = None if self.size is None else self.size.gather(1, index)
-        return Alive(self.original.gather(1, index), counts, memory, size), index
+        return Alive(self.original.gather(1, index), counts, memory, size, self.patches), index
 
     def absorb(self, owner: Tensor) -> Alive:
         """The same tokens once each stands for those that `owner` [B, V] gives it too."""
@@ -120,11 +123,14 @@ def observe_all(scorers: Sequence[Scorer], view: AttentionView, alive: Alive, pa
         patches: rows of the block that make one token; scorers see each of them, and a cut their mean.
     """
     for scorer in scorers:
-        before = {name: signal.flatten(1) for name, signal in alive.memory.get(scorer.name, {}).items()}
+        before = alive.memory.get(scorer.name, {})
+        if patches > 1:
+            before = {name: signal.flatten(1, 2) for name, signal in before.items()}
         after = scorer.observe(view, before)
         if patches > 1:
             after = {name: signal.unflatten(1, (-1, patches)) for name, signal in after.items()}
         alive.memory[scorer.name] = after
+    alive.patches = patches
 
 
 @scoring()
@@ -227,7 +233,7 @@ def _token_view(
         grids=tuple(tuple(g) for g in grids),
         keep=torch.tensor(keep, device=original.device),
         memory={
-            name: signal.mean(2) if signal.ndim == 3 else signal
+            name: signal.mean(2) if alive.patches > 1 else signal
             for name, signal in alive.memory.get(scorer.name, {}).items()
         },
         text_key=text_key,

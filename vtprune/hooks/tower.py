@@ -199,6 +199,7 @@ class TowerCall:
             valid=rows.patches(self._cells.valid),
             query_value=values,
             has_cls=self._has_cls,
+            every_query=query,
         )
         observe_all(scorers, view, self._cells, rows.cell)
 

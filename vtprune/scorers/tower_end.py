@@ -1,0 +1,66 @@
+"""What methods share that choose among the finished features of a vision tower, before the projector.
+
+They cut at `vision[k]`, k the block that the projector reads: nothing is saved in the tower, everything behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vtprune.budget import Budget, Geometry, solve
+from vtprune.errors import UnsupportedModelError
+from vtprune.kernels.attention_rows import attention_rows
+from vtprune.plan import Plan, Site, Stage
+from vtprune.views import AttentionView
+
+__all__ = ["received_attention", "solve_at_tower_end"]
+
+# attention weights of one block of query rows, all heads
+_BLOCK = 1 << 24
+
+
+def solve_at_tower_end(
+    stage: Callable[[Site, int | float], Stage], geometry: Geometry, budget: Budget, method: str
+) -> Plan:
+    """One stage behind the block that the projector reads. A fraction stays one, so that every image gives its share.
+
+    Raises:
+        BudgetError: if the budget is missing or out of reach.
+        UnsupportedModelError: if the family opens no tower.
+    """
+    if geometry.vision is None:
+        raise UnsupportedModelError(
+            f"{method} chooses among the features of the vision tower, which the family {geometry.family!r} does not "
+            "open. Use a method that cuts later, such as divprune or fastv."
+        )
+    site = Site("vision", geometry.vision.feature_block)
+    solved = solve(lambda n: Plan((stage(site, n),)), geometry, budget, method=method)
+    if isinstance(budget.value, int):
+        return solved
+    if budget.basis == "flops" or budget.value is None:
+        return Plan((stage(site, min(1.0, solved.stages[0].keep / max(1, geometry.visual_tokens))),))
+    return Plan((stage(site, budget.value),))
+
+
+def received_attention(view: AttentionView) -> Tensor:
+    """[B, V] fp32: the attention that CLS pays each patch, mean over heads.
+
+    In a tower without CLS the mean over all its queries (what each patch receives), as VisionZip (arXiv 2412.04467) has
+    it for such towers; [H, N, N] weights are made in blocks of rows and not kept.
+    """
+    if view.has_cls or view.every_query is None:
+        return attention_rows(view.query, view.key, view.scaling, real=view.real, column=view.column)[:, 0]
+    batch, heads, length, _ = view.every_query.shape
+    asking = torch.ones(batch, length, device=view.key.device) if view.real is None else view.real.float()
+    total = torch.zeros(view.column.shape, device=view.key.device)
+    size = max(1, _BLOCK // max(1, batch * heads * length))
+    for start in range(0, length, size):
+        part = view.every_query[:, :, start : start + size]
+        rows = attention_rows(part, view.key, view.scaling, real=view.real, column=view.column)
+        # queries at padding may hold anything
+        weight = asking[:, start : start + size, None]
+        total = total + (weight * rows.where(weight > 0, 0.0)).sum(1)
+    return total / asking.sum(1, keepdim=True).clamp(min=1.0)

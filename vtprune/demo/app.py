@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+from gradio.events import api as add_endpoint
 
 from vtprune.demo.api import Api
 from vtprune.demo.cards import error_html
@@ -24,8 +25,8 @@ _ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "mod
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _QUIET: dict[str, Any] = {**_PRIVATE, "show_progress": "hidden", "concurrency_limit": 8}
 _HEADER = (
-    "<header><h1>vtprune</h1><p>Ask about a picture. The answer of the whole model stands beside that of the same model "
-    "with most visual tokens dropped, with what it costs and what it saw.</p></header>"
+    "<header><h1>vtprune</h1><p>Ask about a picture. The answer of the whole model stands beside that of the same "
+    "model with most visual tokens dropped, with what it costs and what it saw.</p></header>"
 )
 _BROKEN = "The demo failed on this question, which is a fault of the demo. Its terminal says more."
 _EMBEDDED_NOTE = (
@@ -126,7 +127,7 @@ def _render_knobs(app: gr.Blocks, handlers: Handlers, form: Form) -> None:
             except VtpruneError:
                 return
             for field in fields:
-                place = {"label": field.name, "info": field.about, "elem_id": f"vtp-knob-{field.name}"}
+                place: dict[str, Any] = {"label": field.name, "info": field.about, "elem_id": f"vtp-knob-{field.name}"}
                 setter = partial(handlers.set_knob, knob=field.name)
                 if field.choices:
                     box = gr.Dropdown(list(field.choices), value=field.value, **place)
@@ -145,7 +146,7 @@ def _render_knobs(app: gr.Blocks, handlers: Handlers, form: Form) -> None:
 def _add_api(api: Api, models: Models) -> None:
     """Endpoints that are no part of the page; files go through a component, which checks that they were uploaded."""
     for simple in (api.models, api.methods, api.plan):
-        gr.api(simple, api_name=simple.__name__)
+        add_endpoint(simple, api_name=simple.__name__)
     files = gr.File(file_count="multiple", visible=False, label="files")
     text = partial(gr.Textbox, visible=False)
     question = text(label="question")

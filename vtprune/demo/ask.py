@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Race", "race"]
 
 # enough rounds for a median, as long as they do not make anybody wait
-_ROUNDS, _PATIENCE_S = 5, 2.5
+_ROUNDS, _PATIENCE_S = 5, 2.5  # seconds
 _DECODE_TOKENS = 8
 
 
@@ -81,7 +81,9 @@ class Race:
         return self.answers[1:]
 
 
-def race(loaded: Loaded, question: Question, runs: Sequence[Run], max_new_tokens: int) -> Iterator[Race]:
+def race(
+    loaded: Loaded, question: Question, runs: Sequence[Run], max_new_tokens: int, *, patience_s: float = _PATIENCE_S
+) -> Iterator[Race]:
     """Ask; yields the same `Race` again after every token and every round of timing, and when all is done.
 
     The models take turns: only one computes at any time. Closing the iterator stops them.
@@ -91,6 +93,7 @@ def race(loaded: Loaded, question: Question, runs: Sequence[Run], max_new_tokens
         question: to be asked.
         runs: how to prune it.
         max_new_tokens: length of an answer at most.
+        patience_s: seconds that timing may about take, which is one round at least; 0 for none.
 
     Raises:
         VtpruneError: if a run cannot be attached, or does not fit this prompt.
@@ -117,11 +120,12 @@ def race(loaded: Loaded, question: Question, runs: Sequence[Run], max_new_tokens
         images = len(question.images) + len(question.videos)
         answer.plan = session.plan_for(report.visual_tokens[0], report.text_tokens[0], images)
         answer.agrees = agreement(answers[0].ids, answer.ids)
-    state.phase = "measuring"
-    # a round is a prefill, and another one with a few steps behind it
-    step = [stream.seconds[-1] for stream in streams]
-    cost = sum(2 * stream.seconds[0] for stream in streams) + _DECODE_TOKENS * sum(step)
-    yield from _measure(state, models, max(1, min(_ROUNDS, int(_PATIENCE_S / cost))))
+    if patience_s > 0:
+        state.phase = "measuring"
+        # a round is a prefill, and another one with a few steps behind it
+        step = [stream.seconds[-1] for stream in streams]
+        cost = sum(2 * stream.seconds[0] for stream in streams) + _DECODE_TOKENS * sum(step)
+        yield from _measure(state, models, max(1, min(_ROUNDS, int(patience_s / cost))))
     state.phase = "done"
     yield state
 

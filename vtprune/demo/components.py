@@ -58,7 +58,13 @@ class Form:
             elem_id="vtp-suggestions",
         )
         self.method = gr.Dropdown(
-            names, value=usual.method, label="Method", elem_id="vtp-method", allow_custom_value=True, filterable=True
+            names,
+            value=usual.method,
+            label="Method",
+            info="Also with knobs, gemfilter(layer=3), and with rules of choice and for the rest, flowcut/dpp/nearest.",
+            elem_id="vtp-method",
+            allow_custom_value=True,
+            filterable=True,
         )
         self.keep = gr.Slider(
             1, 100, 25, step=1, label="Budget: visual tokens a layer, % of all", elem_id="vtp-keep", buttons=[]

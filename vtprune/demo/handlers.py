@@ -20,7 +20,7 @@ from vtprune.demo.knobs import with_knob
 from vtprune.demo.media import read_question
 from vtprune.demo.models import Models
 from vtprune.demo.result import Downloads, record_of
-from vtprune.demo.settings import Settings
+from vtprune.demo.settings import Settings, without_rules
 from vtprune.demo.stability import Point, stability
 from vtprune.demo.survival import survival
 from vtprune.errors import InputError, VtpruneError
@@ -211,8 +211,8 @@ class Handlers:
     def method_name(self, method: str) -> tuple[str, Any]:
         """Its name without knobs, and whether it can decide by itself."""
         try:
-            named, _ = parse_knobs(method)
             chosen = parse_method(method)
+            named, _ = parse_knobs(without_rules(method))
         except VtpruneError:
             return method, gr.skip()
         return named, gr.Checkbox(visible=chosen.adaptive, value=not chosen.takes_budget)

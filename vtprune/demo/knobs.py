@@ -10,8 +10,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vtprune.demo.settings import public_knobs
-from vtprune.specs import parse_knobs, parse_method
+from vtprune.demo.settings import public_knobs, without_rules
+from vtprune.specs import parse_knobs, parse_method, split_methods
 
 __all__ = ["Field", "fields_of", "with_knob"]
 
@@ -41,7 +41,7 @@ def fields_of(text: str) -> list[Field]:
     Raises:
         UnknownNameError, PlanError: if `text` is no method.
     """
-    method = parse_method(text)
+    method = parse_method(without_rules(text))
     hints = typing.get_type_hints(type(method))
     about = _docs(type(method))
     return [
@@ -59,14 +59,15 @@ def with_knob(text: str, knob: str, value: str) -> str:
     Raises:
         UnknownNameError, PlanError: if that is not legal.
     """
-    name, knobs = parse_knobs(text)
+    alone, *rules = split_methods(text, "/") or [""]
+    name, knobs = parse_knobs(alone)
     usual = {f.name: getattr(parse_method(name), f.name) for f in dataclasses.fields(parse_method(name))}
     knobs.pop(knob, None)
     read = _read(value.strip())
     if value.strip() not in ("", _AUTO) and read != usual.get(knob, _AUTO):
         knobs[knob] = read
     inside = ", ".join(f"{key}={each!r}" for key, each in knobs.items())
-    written = f"{name}({inside})" if inside else name
+    written = "/".join([f"{name}({inside})" if inside else name, *rules])
     parse_method(written)
     return written
 

@@ -12,6 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+from gradio.themes import Base
 from starlette.middleware import Middleware
 
 from vtprune.demo.app import build_app
@@ -28,9 +29,9 @@ _WAITING = 32
 def theme() -> gr.Theme:
     """Colours of the page; its fonts are those of the reader's system, so that none is fetched."""
     fonts = ["system-ui", "sans-serif"]
-    return gr.themes.Base(
-        primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
-    ).set(block_label_text_weight="500", block_title_text_weight="500")
+    return Base(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]).set(
+        block_label_text_weight="500", block_title_text_weight="500"
+    )
 
 
 def launch(

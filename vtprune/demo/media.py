@@ -25,7 +25,7 @@ _MAX_FRAMES = 3600
 PICTURE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FILM_TYPES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 # decoders that Pillow may use; others run programs or are rarely looked after
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 def read_question(model: Any, reads_videos: bool, text: str, paths: Sequence[Path]) -> Question:
@@ -79,9 +79,10 @@ def _picture(path: Path) -> Image:
             if wide * high > _MAX_PICTURE_PIXELS:
                 raise _too_many_pixels(path)
             # a phone's JPEG may hold a second, smaller picture, which is no animation
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+            frames = getattr(image, "n_frames", 1)
+            if image.format != "MPO" and frames > 1:
                 raise InputError(
-                    f"{path.name!r} is animated ({image.n_frames} frames). Upload a still picture; as a film, an MP4."
+                    f"{path.name!r} is animated ({frames} frames). Upload a still picture; as a film, an MP4."
                 )
             return ImageOps.exif_transpose(image).convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +81,11 @@ class Downloads:
     """Files for visitors; they are gone when the process ends."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="vtprune-demo-")
+        self._folder = tempfile.mkdtemp(prefix="vtprune-demo-")
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def write(self, name: str, content: Any) -> str:
         """`content` as JSON in a file of this name, in a folder of its own; returns its path."""
-        path = Path(tempfile.mkdtemp(dir=self._folder.name)) / name
+        path = Path(tempfile.mkdtemp(dir=self._folder)) / name
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return str(path)

@@ -10,9 +10,9 @@ from urllib.parse import urlencode
 
 from vtprune.budget import parse_keep
 from vtprune.errors import InputError, PlanError
-from vtprune.specs import parse_chain, parse_knobs, parse_method
+from vtprune.specs import parse_chain, parse_knobs, parse_method, split_methods
 
-__all__ = ["MAX_NEW_TOKENS", "Run", "Settings", "public_knobs", "read_method"]
+__all__ = ["MAX_NEW_TOKENS", "Run", "Settings", "public_knobs", "read_method", "without_rules"]
 
 MAX_NEW_TOKENS = 256
 _BASES = ("average", "final")
@@ -57,15 +57,20 @@ def public_knobs(name: str) -> list[str]:
     return [knob for knob in own_fields(method) if knob not in internal]
 
 
+def without_rules(text: str) -> str:
+    """`flowcut(every=1)/dpp/nearest` -> `flowcut(every=1)`."""
+    return (split_methods(text, "/") or [""])[0]
+
+
 def read_method(text: str) -> str:
-    """One method with its knobs, checked.
+    """One method with its knobs and rules, checked.
 
     Raises:
         UnknownNameError: if there is no such method.
         PlanError: if it is a chain or a file, or sets a knob that visitors may not.
     """
-    name, knobs = parse_knobs(text)
     parse_method(text)
+    name, knobs = parse_knobs(without_rules(text))
     refused = sorted(set(knobs) - set(public_knobs(name)))
     if refused:
         raise PlanError(
@@ -83,7 +88,7 @@ class Settings:
         model: spec of a model.
         example: name of a shipped example, "" if files were uploaded.
         question: to be asked.
-        method: with its knobs, such as "gemfilter(layer=3)".
+        method: with its knobs and rules, such as "gemfilter(layer=3)" or "flowcut/dpp/nearest".
         keep: the budget ("25%", "64", "1/9"); "" leaves the decision to a method that can decide.
         first: a method that cuts before `method`, "" for none.
         first_keep: what it leaves.

@@ -58,6 +58,7 @@ def survival_of(report: Report) -> dict[str, Any]:
         steps: places in the order in which tokens meet them, the first one before anything left: `label`, and `left`,
             how many tokens are still there.
         gone: for each token the index of the step at which it is no longer there, or None.
+        into: for each token the survivor that it was merged into, or None if it was dropped or stayed.
         scores: one a stage that scored: `label`, `step`, and `values`, one a token or None.
     """
     total, layers = report.visual_tokens[0], report.tokens_per_layer[0]
@@ -73,7 +74,9 @@ def survival_of(report: Report) -> dict[str, Any]:
             scores.append({"label": _label(kept), "step": step, "values": _values(kept, total)})
     left = [sum(was is None or was > step for was in gone) for step in range(len(labels))]
     steps = [{"label": label, "left": count} for label, count in zip(labels, left, strict=True)]
-    return {"total": total, "steps": steps, "gone": gone, "scores": scores}
+    owners = report.owners(0).tolist() if report.kept else list(range(total))
+    into = [None if owner in (-1, token) else owner for token, owner in enumerate(owners)]
+    return {"total": total, "steps": steps, "gone": gone, "into": into, "scores": scores}
 
 
 def _label(kept: Kept) -> str:

@@ -106,7 +106,7 @@ function build() {
         const gone = run.gone[token];
         let fill = "none", kind = "there";
         if (state.mode === "left") {
-          if (gone !== null && gone <= step) kind = "gone";
+          if (gone !== null && gone <= step) kind = run.into[token] === null ? "gone" : "merged";
         } else if (state.mode === "gone") {
           if (gone !== null) { kind = "aged"; fill = ramp(gone / last); }
         } else if (scored && scored.ranks[token] !== null) {
@@ -130,18 +130,26 @@ function build() {
       info.textContent = "Point at a patch, or click it, to see its score and where it left.";
       return;
     }
-    const view = data.views.find((each) => state.token >= each.first && state.token < each.first + each.rows * each.stride);
-    const at = state.token - view.first;
-    const where = view.title + ", row " + (Math.floor(at / view.stride) + 1) + ", column " + ((at % view.stride) + 1);
+    const where = placeOf(state.token);
     const each = data.runs.map((run) => {
       const gone = run.gone[state.token], scored = scoredAt(run);
-      let text = gone === null ? "stayed to the end" : "gone " + (run.steps[gone].label.startsWith("decoder") ? "at " : "") + run.steps[gone].label;
+      const word = run.into[state.token] === null ? "gone " : "merged into " + placeOf(run.into[state.token]) + " ";
+      let text = gone === null ? "stayed to the end" : word + (run.steps[gone].label.startsWith("decoder") ? "at " : "") + run.steps[gone].label;
+      const guests = run.into.filter((owner) => owner === state.token).length;
+      if (guests) text += ", with " + guests + " merged into it";
       if (scored && scored.ranks[state.token] !== null) {
         text += "; score " + Number(scored.values[state.token]).toPrecision(3) + " " + scored.label + ", rank " + (scored.count - scored.ranks[state.token]) + " of " + scored.count;
       }
       return (data.runs.length > 1 ? run.title + ": " : "") + text;
     });
     info.textContent = where + ": " + each.join(" | ");
+  }
+
+  function placeOf(token) {
+    const view = data.views.find((each) => token >= each.first && token < each.first + each.rows * each.stride);
+    if (!view) return "a row end";
+    const at = token - view.first;
+    return view.title + ", row " + (Math.floor(at / view.stride) + 1) + ", column " + ((at % view.stride) + 1);
   }
 
   function choose(token, pin) {

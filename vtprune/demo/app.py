@@ -68,8 +68,9 @@ def build_app(models: Models) -> gr.Blocks:
                 shown = Shown()
         if all(spec.startswith("tiny:") for spec in models.specs):
             gr.HTML(_EMBEDDED_NOTE)
-        _wire(app, handlers, form, shown)
+        # first, so that its functions get the names that they ask for
         _add_api(Api(models), models)
+        _wire(app, handlers, form, shown)
     return app
 
 

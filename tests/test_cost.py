@@ -52,7 +52,7 @@ def test_pruned_report_agrees_with_the_counter(method: str, attn: str) -> None:
     model = build_random("mini", attn_implementation=attn)
     inputs = random_inputs(model, batch=2, text_tokens=13)
     # in four layers, asking some of them costs as much as is saved, and cannot save half
-    asks = method in ("gemfilter", "transprune")
+    asks = method in ("gemfilter", "pyramiddrop", "transprune")
     with vtprune.prune(model, ready(method, model), keep=0.7 if asks else 0.5) as session:
         decoder, tower, out = _counted(model, inputs)
         report = session.report

@@ -104,7 +104,9 @@ def image_as_99(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_batch_equals_each_sample_alone(tiny: Tiny, method: str) -> None:
     model, together = tiny.model, tiny.encode(0, 1, 2, 3)
     assert (together["attention_mask"] == 0).any(), "no padding, so the test shows nothing"
-    keep = 0.5 if method in ("atp", "gemfilter", "transprune") else 1 / 9  # the first layers of these see every token
+    keep = (
+        0.5 if method in ("atp", "gemfilter", "pyramiddrop", "transprune") else 1 / 9
+    )  # the first layers of these see every token
     with vtprune.prune(model, ready(method, model), keep) as session:
         longer = {"min_new_tokens": 16, "max_new_tokens": 16, "do_sample": False, **tiny.words_only}
         out = model.generate(**together, **longer)

@@ -312,12 +312,13 @@ def test_exception_inside_a_forward_leaves_no_state() -> None:
 
 
 # (K V + L - K) / L of fastv, (r V + L) / L of gemfilter, three cuts before layers 1, 2 and 3 of
-# transprune, and of atp, 3/4 of the rest at each
+# transprune and pyramiddrop, and of atp, 3/4 of the rest at each
 FLOORS = {
     "atp": 6,
     "fastv": 4.75,
     "flowcut-text": 4.75,
     "gemfilter": 9,
+    "pyramiddrop": (16 + 7 + 3 + 1) / 4,
     "transprune": (16 + 14 + 10 + 1) / 4,
 }
 

@@ -33,6 +33,7 @@ _TOP = (
     "tiny",
     "loading",
     "presets",
+    "examples",
     "images",
     "videos",
     "files",

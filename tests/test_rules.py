@@ -394,7 +394,11 @@ def test_methods_with_rules_as_text() -> None:
     [
         ("fastv/nearst", UnknownNameError, "Unknown selection or remainder 'nearst'. Did you mean 'nearest'"),
         ("fastv/nearest/dpp", PlanError, "rules are written 'method/selection', .* got 'fastv/nearest/dpp'"),
-        ("fastv/dpp/topk", PlanError, "got 'fastv/dpp/topk'. Selections: dpp, maxmin, pairs, strata, threshold, topk"),
+        (
+            "fastv/dpp/topk",
+            PlanError,
+            "got 'fastv/dpp/topk'. Selections: crops, dpp, maxmin, pairs, strata, threshold, topk",
+        ),
         ("fastv/", UnknownNameError, "Unknown selection or remainder ''"),
         ("fastv/dpp(3)", PlanError, "got 'dpp\\(3\\)'"),
         ("fastv/dpp(lambda=3)", PlanError, "got"),

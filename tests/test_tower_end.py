@@ -29,7 +29,7 @@ METHODS = ("fastervlm", "vispruner", "visionzip")
 
 
 def tower_of(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the block that is read, CLS too: weights [images, H, N, N], keys [images, N, H, d], features [images, N, W]."""
+    """The block that is read, with CLS: weights [images, H, N, N], keys [images, N, H, d], features [images, N, W]."""
     tower, seen = model.model.vision_tower, {}
     block = tower.encoder.layers[LAST]
 
@@ -123,7 +123,9 @@ def test_received_attention_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = (Sample(((3, 4),), seed=1), Sample(((2, 2),), seed=2), Sample(((1, 1),), seed=3))
     view = attention_view(samples, has_cls=True)
     every = torch.randn(3, HEADS, view.key.shape[2], view.key.shape[3], generator=torch.Generator().manual_seed(0))
-    view = dataclasses.replace(view, has_cls=False, every_query=every.masked_fill(~view.real[:, None, :, None], 1e4))
+    view = dataclasses.replace(
+        view, has_cls=False, every_query=every.masked_fill(~view.real[:, None, :, None], math.nan)
+    )
     got = received_attention(view)
     for b in range(3):
         here = view.real[b].nonzero()[:, 0]

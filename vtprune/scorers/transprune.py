@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vtprune.budget import Budget, Geometry, scale_depth, solve
+from vtprune.budget import Budget, Geometry
 from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView, TransitionView
 from vtprune.errors import PlanError
 from vtprune.kernels.transition import transition
 from vtprune.plan import Plan, Positions, Site, Stage
 from vtprune.scorers.instruction import instruction_attention
+from vtprune.scorers.schedule import check_schedule, scheduled_layers, scheduled_plan
 
 __all__ = ["TransPrune", "transition_variation"]
 
@@ -109,19 +109,7 @@ class TransPrune(Scorer):
             raise PlanError(f"transprune positions must be 'keep' or 'compact', got {self.positions!r}.")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0.0 <= self.alpha <= 1.0:
             raise PlanError(f"transprune alpha must be a number in [0, 1], got {self.alpha!r}. The paper uses 0.5.")
-        falling = all(a > b for a, b in zip((1.0, *self.ratios), self.ratios, strict=False))
-        if not self.ratios or not falling or self.ratios[-1] <= 0.0:
-            raise PlanError(
-                f"transprune ratios must fall from below 1 to above 0, got {self.ratios!r}. The paper uses "
-                "(0.875, 0.625, 0.125)."
-            )
-        if self.layers is not None:
-            rising = all(a < b for a, b in zip((0, *self.layers), self.layers, strict=False))
-            if len(self.layers) != len(self.ratios) or not rising:
-                raise PlanError(
-                    f"transprune layers must be {len(self.ratios)} increasing numbers from 1 on, one a ratio, got "
-                    f"{self.layers!r}."
-                )
+        check_schedule(self.name, self.layers, self.ratios)
         if self.since is not None and (type(self.since) is not int or self.since < 0):
             raise PlanError(f"transprune since must be a layer >= 0 or None, got {self.since!r}.")
 
@@ -168,30 +156,16 @@ class TransPrune(Scorer):
             BudgetError: if the budget is below the floor that the layers set.
             PlanError: if a layer is not one of the model.
         """
-        layers = self.layers or scale_depth((7, 9, 12), 32, geometry.layers)
-        if len(layers) != len(self.ratios) or layers[-1] >= geometry.layers or len(set(layers)) < len(layers):
-            raise PlanError(
-                f"transprune needs {len(self.ratios)} layers below {geometry.layers} (the decoder's), got {layers}. "
-                "Set layers and ratios of the same length."
-            )
+        layers = scheduled_layers(self.name, self.layers, (7, 9, 12), self.ratios, geometry.layers)
         since = layers[0] - 1 if self.since is None else self.since
         since = min(since, layers[0] - 1)
-        scorer, entering = dataclasses.replace(self, since=since), max(geometry.entering)
-
-        def stages(counts: list[int]) -> Plan:
-            return Plan(
-                tuple(
-                    Stage(Site("layer", layer), scorer, max(1, n), positions=self.positions)
-                    for layer, n in zip(layers, counts, strict=True)
-                )
-            )
-
-        if budget.value is None:
-            # cut off, as the authors' code does
-            return stages([int(entering * ratio) for ratio in self.ratios])
-        dropped = [(1.0 - ratio) / (1.0 - self.ratios[-1]) for ratio in self.ratios]
-
-        def build(last: int) -> Plan:
-            return stages([math.floor(entering - (entering - last) * share + 0.5) for share in dropped])
-
-        return solve(build, geometry, budget, method=self.name, knob="layers")
+        scorer = dataclasses.replace(self, since=since)
+        return scheduled_plan(
+            self.name,
+            layers,
+            self.ratios,
+            # cut off without a budget, as the authors' code does
+            lambda site, n: Stage(site, scorer, n, positions=self.positions),
+            geometry,
+            budget,
+        )

@@ -315,6 +315,7 @@ def test_exception_inside_a_forward_leaves_no_state() -> None:
 # transprune and pyramiddrop, and of atp, 3/4 of the rest at each
 FLOORS = {
     "atp": 6,
+    "dart": 4.75,
     "fastv": 4.75,
     "flowcut-text": 4.75,
     "gemfilter": 9,

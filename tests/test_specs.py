@@ -118,7 +118,7 @@ def test_a_row_has_one_budget(text: str, found: str) -> None:
 def test_methods_of_a_sweep() -> None:
     names = sweep_methods("gemfilter(layer=3),all,flowcut@1/2+fastv")
     assert names == ("gemfilter(layer=3)", *vtprune.methods(), "flowcut@1/2+fastv")
-    with pytest.raises(InputError, match=r"at least one method, got ' , '\. Legal: all, atp, cdpruner, divprune"):
+    with pytest.raises(InputError, match=r"at least one method, got ' , '\. Legal: all, atp, cdpruner, dart, divprune"):
         sweep_methods(" , ")
 
 

@@ -178,6 +178,8 @@ def seen(
 ) -> TokenView:
     """The view of a scorer's stage once it has observed what it asks for."""
     memory: Memory = {}
+    if scorer.reads_input:
+        memory = scorer.prepare(token_view(samples, keep, dtype=dtype, poison=poison))
     if scorer.queries is not None:
         for block in range(3 if scorer.accumulates else 1):
             has_cls = scorer.queries == "cls"

@@ -320,6 +320,7 @@ FLOORS = {
     "flowcut-text": 4.75,
     "gemfilter": 9,
     "pyramiddrop": (16 + 7 + 3 + 1) / 4,
+    "sparsevlm": (16 + 8 + 3 + 1) // 4,
     "transprune": (16 + 14 + 10 + 1) / 4,
 }
 

@@ -47,19 +47,8 @@ def test_the_papers_schedule_and_its_floor() -> None:
         PyramidDrop().plan(dataclasses.replace(LLAVA, layers=3), Budget(None))
 
 
-@pytest.mark.parametrize("positions", ["keep", "compact"])
-@torch.no_grad()
-def test_it_asks_the_layer_behind_each_cut(positions: str) -> None:
-    """The row of the last token, from the unpruned model in which what left earlier is hidden."""
-    rows = (Row(1, 3, 5, 0), Row(2, 1, 4, 1), Row(1, 6, 2, 3)) if positions == "keep" else (Row(1, 3, 5, 0),)
-    model, inputs = llava(), batch(*rows)
-    method = PyramidDrop(layers=(1, 2, 3), positions=positions)
-    with vtprune.prune(model, method) as session:
-        model(**inputs)
-        report = session.report
-    assert {s.positions for s in session.plan.stages} == {positions}
-    assert [str(r.site) for r in report.kept] == ["layer[1]", "layer[2]", "layer[3]"]
-    hidden = hidden_keys(report, inputs["input_ids"], LAYERS)
+def watching(model: torch.nn.Module) -> tuple[dict[int, tuple[Tensor, Tensor]], list]:
+    """Queries and keys [B, H, N, d] of each decoder layer after RoPE, as it runs, and what stops that."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     handles = []
     for index, layer in enumerate(model.model.language_model.layers):
@@ -75,9 +64,27 @@ def test_it_asks_the_layer_behind_each_cut(positions: str) -> None:
                 half = x.shape[-1] // 2
                 return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
 
-            seen[index] = turn(query), turn(key)
+            key = turn(key).repeat_interleave(query.shape[1] // key.shape[1], 1)
+            seen[index] = turn(query), key
 
         handles.append(layer.self_attn.register_forward_pre_hook(look, with_kwargs=True))
+    return seen, handles
+
+
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+@torch.no_grad()
+def test_it_asks_the_layer_behind_each_cut(positions: str) -> None:
+    """The row of the last token, from the unpruned model in which what left earlier is hidden."""
+    rows = (Row(1, 3, 5, 0), Row(2, 1, 4, 1), Row(1, 6, 2, 3)) if positions == "keep" else (Row(1, 3, 5, 0),)
+    model, inputs = llava(), batch(*rows)
+    method = PyramidDrop(layers=(1, 2, 3), positions=positions)
+    with vtprune.prune(model, method) as session:
+        model(**inputs)
+        report = session.report
+    assert {s.positions for s in session.plan.stages} == {positions}
+    assert [str(r.site) for r in report.kept] == ["layer[1]", "layer[2]", "layer[3]"]
+    hidden = hidden_keys(report, inputs["input_ids"], LAYERS)
+    seen, handles = watching(model)
     # before the cut at layer k the layer is asked with the positions of the layers in front of it
     for cut, record in enumerate(report.kept):
         layer = record.site.index
@@ -86,7 +93,6 @@ def test_it_asks_the_layer_behind_each_cut(positions: str) -> None:
         with masked(model, before), renumbered(model, shorter, before):
             model(**inputs)
         query, key = seen[layer]
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         for b in range(len(rows)):
             there = inputs["attention_mask"][b].bool() & ~before[layer][b]
             logits = (query[b, :, -1:] * key[b]).sum(-1) / math.sqrt(key.shape[-1])

@@ -73,6 +73,7 @@ MERGING = [
     (Plan((Stage(Site("input"), Random(), 0.6, remainder=Nearest()),
            Stage(Site("layer", 2), FastV(), 0.3, remainder=Summary()))), None),
     ("gemfilter(layer=1,positions='keep')/nearest", 0.6),
+    ("sparsevlm(layers=(0,1,2))", 0.6),
 ]  # fmt: skip
 
 

@@ -55,6 +55,7 @@ class Scorer:
         merges: tokens that leave are averaged into a survivor (see `assign`).
         reads_prompt: the view's `text_key` is filled (it costs one copy of the token ids to the host).
         reads_text: the view's `text` is filled.
+        reads_input: `prepare` is called once, on what enters the decoder's layers.
     """
 
     name: ClassVar[str] = ""
@@ -68,6 +69,7 @@ class Scorer:
     merges: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = False
 
     @property
     def reads_attention(self) -> bool:
@@ -112,6 +114,14 @@ class Scorer:
         """Blocks that are observed before a cut at `site`; unless overridden as `accumulates` says."""
         last = site.index - (site.kind == "layer")
         return range(0 if self.accumulates else last, last + 1)
+
+    def prepare(self, view: TokenView) -> Memory:
+        """The first memory of a method that cuts in the decoder's layers, from what enters them. If `reads_input`.
+
+        Args:
+            view: with `text`; `keep` says nothing yet.
+        """
+        raise PlanError(f"{self.name} reads the decoder's input but does not define prepare().")
 
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
         """Turn one attention block into per-token memory. Called only if `reads_attention`.

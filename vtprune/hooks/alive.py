@@ -19,7 +19,7 @@ from vtprune.report import Kept
 from vtprune.rules import Merge, own_index
 from vtprune.stopwatch import scoring
 
-__all__ = ["Alive", "Cut", "cut_counts", "make_cut", "merge_states", "observe_all", "record_cut"]
+__all__ = ["Alive", "Cut", "cut_counts", "make_cut", "merge_states", "observe_all", "record_cut", "token_view"]
 
 
 @dataclass
@@ -161,7 +161,7 @@ def make_cut(
     Raises:
         PlanError: if a rule keeps another number of tokens than asked.
     """
-    view = _token_view(stage.site, stage.scorer, alive, hidden, keep, layout, grids, text_key, text)
+    view = token_view(stage.site, stage.scorer, alive, hidden, keep, layout, grids, text_key, text)
     choice: Choice = choose(stage, view, keep)
     after = alive if choice.merge is None else alive.absorb(choice.merge.owner)
     after, index = after.keep(choice.kept, choice.counts)
@@ -205,7 +205,7 @@ def _merged(before: tuple[Tensor, ...], owners: tuple[Tensor, ...], indices: tup
     return tuple(pairs)
 
 
-def _token_view(
+def token_view(
     site: Site,
     scorer: Scorer,
     alive: Alive,
@@ -216,6 +216,7 @@ def _token_view(
     text_key: tuple[tuple[int, ...], ...],
     text: TextView | None,
 ) -> TokenView:
+    """What a scorer sees; arguments as in `make_cut`."""
     original = alive.original
     if layout is None:
         cols = torch.tensor([row[0][1] for row in grids], device=original.device)[:, None].clamp(min=1)

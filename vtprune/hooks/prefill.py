@@ -100,6 +100,7 @@ class Prefill:
                     self._ask_pass(stage, self._enter(hidden, arguments, compact))
                 hidden = self.left.cut(ordinal, hidden, self._ranked)
                 compact = compact or (self.left.pruned and stage.positions == "compact")
+        self.left.prepare(hidden)
         return self._enter(hidden, arguments, compact)
 
     def _enter(self, hidden: Tensor, arguments: dict[str, Any], compact: bool) -> dict[str, Any]:

@@ -186,6 +186,10 @@ class _Scattered(Scorer):
         """See `Scorer.observe`."""
         return self.inner.observe(view, memory)
 
+    def prepare(self, view: TokenView) -> Memory:
+        """See `Scorer.prepare`."""
+        return self.inner.prepare(view)
+
     @property
     def reads_attention(self) -> bool:
         """See `Scorer.reads_attention`."""
@@ -232,7 +236,7 @@ def _dry_plan(plan: Plan) -> Plan:
     """The sites of `plan`, each of which drops some tokens; a quarter is left in the end."""
 
     def scattered(scorer: Scorer) -> Scorer:
-        facts = {name: getattr(scorer, name) for name in ("name", "queries", "accumulates", "ahead")}
+        facts = {name: getattr(scorer, name) for name in ("name", "queries", "accumulates", "ahead", "reads_input")}
         return type("DryCall", (_Scattered,), facts)(scorer)
 
     share = 0.75 / len(plan.stages)

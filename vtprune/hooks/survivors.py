@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtprune.contract import top_k_mask
 from vtprune.errors import InputError
-from vtprune.hooks.alive import Alive, cut_counts, make_cut, merge_states, record_cut
+from vtprune.hooks.alive import Alive, cut_counts, make_cut, merge_states, record_cut, token_view
 from vtprune.hooks.departures import book_departures
 from vtprune.hooks.families.base import Prompt
 from vtprune.hooks.rows import Rows
@@ -83,6 +83,27 @@ class Survivors:
         self.kept.extend(records)
         return self._drop(hidden) if self.alive.counts != list(self.layout.counts) else hidden
 
+    @scoring()
+    @torch.no_grad()
+    def prepare(self, hidden: Tensor) -> None:
+        """Show what enters the decoder's layers, [B, M, D], to the scorers that ask for it."""
+        scorers = {s.scorer.name: s for s in self.stages if s.site.kind == "layer" and s.scorer.reads_input}
+        for name, stage in scorers.items():
+            alive, layout, visual, _ = self._visual(hidden)
+            text = text_view(hidden, self.rows, self.text, self.layout)
+            view = token_view(stage.site, stage.scorer, alive, visual, alive.counts, layout, self._grids(), (), text)
+            self.alive.memory[name] = stage.scorer.prepare(view)
+
+    def _grids(self) -> list[list[tuple[int, int]]]:
+        """(rows, cols) of the images of each sample."""
+        return [[(g.rows, g.cols) for g in sample] for sample in self.layout.grids]
+
+    def _visual(self, hidden: Tensor) -> tuple[Alive, Layout, Tensor, Tensor]:
+        """The books where the states [B, M, D] lie, the states [B, V, D] of alive visual tokens, and their rows."""
+        alive, layout = self.alive.to(hidden.device), self.layout.to(hidden.device)
+        rows = self.rows.to(hidden.device).row_of(layout.position.gather(1, alive.original), self.length)
+        return alive, layout, keep_tokens([hidden], rows)[0], rows
+
     def cut(self, ordinal: int, hidden: Tensor, ranked: Tensor | None = None) -> Tensor:
         """Run stage `ordinal` on [B, M, D] states; returns those of the rows that stay, the same tensor if all do.
 
@@ -97,10 +118,8 @@ class Survivors:
             return hidden
         if stage.scorer.drops_text and ranked is not None:
             keep, dropped = self._share(ranked.to(self.layout.real.device), keep), True
-        alive, layout = self.alive.to(hidden.device), self.layout.to(hidden.device)
-        rows = self.rows.to(hidden.device).row_of(layout.position.gather(1, alive.original), self.length)
-        visual = keep_tokens([hidden], rows)[0]
-        grids = [[(g.rows, g.cols) for g in sample] for sample in self.layout.grids]
+        alive, layout, visual, rows = self._visual(hidden)
+        grids = self._grids()
         text_key = text_keys(self.prompt, self.layout) if stage.scorer.reads_prompt else ()
         text = text_view(hidden, self.rows, self.text, self.layout) if stage.scorer.reads_text else None
         cut = make_cut(stage, alive, visual, keep, layout, grids, text_key, text, self._want_scores)

@@ -67,6 +67,8 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
             raise PlanError(f"{scorer.name} reads the {scorer.queries!r} query of a tower; it cannot cut at {site}.")
         if (scorer.reads_text or scorer.queries in ("last", "instruction")) and site.kind == "vision":
             raise PlanError(f"{scorer.name} reads the prompt; it cannot cut at {site}, where only images are known.")
+        if scorer.reads_input and site.kind != "layer":
+            raise PlanError(f"{scorer.name} reads what enters the decoder; it cannot cut at {site}, use 'layer[k]'.")
         if scorer.reads_transitions and site.kind != "layer":
             raise PlanError(f"{scorer.name} reads what decoder layers do; it cannot cut at {site}, use 'layer[k]'.")
         if site.kind == "restart" and not scorer.reads_attention:
@@ -170,6 +172,7 @@ def check_drafts(plan: Plan, wanted: int) -> None:
             # transitions are weighed against those of all tokens of the call, drafts too
             if s.scorer.reads_prompt
             or s.scorer.reads_text
+            or s.scorer.reads_input
             or s.scorer.reads_transitions
             or (s.scorer.reads_attention and s.scorer.queries in asks)
         }

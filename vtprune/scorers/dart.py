@@ -37,7 +37,8 @@ class DART(Scorer):
 
     Attributes:
         layer: K, in [1, L); None moves the paper's 2 of 32 layers to the depth of the model.
-        visual, text: pivots of each kind; at least one visual. The paper's 4 and 4.
+        visual: visual pivots, at least one. The paper's 4.
+        text: text pivots. The paper's 4.
         positions: "keep", or "compact", which renumbers the sequence after the cut.
 
     Raises:

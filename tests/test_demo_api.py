@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio_client
+import httpx
 import pytest
 from demo_server import Server, running, server
 from gradio_client.exceptions import AppError
@@ -141,12 +142,13 @@ def test_wrong_values_are_said(client: Any, changes: dict[str, Any], message: st
     assert message in str(raised.value)
 
 
-def test_only_uploaded_files_are_read(server: Server, client: Any, tmp_path: Path) -> None:
+def test_only_uploaded_files_are_read(server: Server, tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(example("scene_1").files[0].read_bytes())
-    # the same picture, uploaded, is read
-    uploaded = client.predict(files=_files(secret), question=QUESTION, api_name="/ask")
-    assert uploaded["unpruned"]["answer"] == "bottom left"
+    # the same picture is read once it was uploaded
+    with secret.open("rb") as file:
+        (uploaded,) = httpx.post(f"{server.address}gradio_api/upload", files={"files": file}).json()
+    assert "event: complete" in _ask(server, uploaded)
     for path in (str(secret), str(server.log), "log.txt", "../../etc/hostname"):
         assert "event: error" in _ask(server, path)
         with pytest.raises(urllib.error.HTTPError) as refused:

@@ -9,11 +9,11 @@ import gradio as gr
 from gradio.events import api as add_endpoint
 
 from vtprune.demo.api import Api
-from vtprune.demo.cards import error_html
 from vtprune.demo.components import Form, Shown
 from vtprune.demo.handlers import Handlers
 from vtprune.demo.knobs import fields_of
 from vtprune.demo.models import Models
+from vtprune.demo.running import Running, Turns
 from vtprune.demo.settings import Settings
 from vtprune.errors import VtpruneError
 from vtprune.examples import examples
@@ -28,7 +28,6 @@ _HEADER = (
     "<header><h1>vtprune</h1><p>Ask about a picture. The answer of the whole model stands beside that of the same "
     "model with most visual tokens dropped, with what it costs and what it saw.</p></header>"
 )
-_BROKEN = "The demo failed on this question, which is a fault of the demo. Its terminal says more."
 _EMBEDDED_NOTE = (
     "<p class='vtp-note'>The embedded models know generated scenes and nothing else, and are so small that overhead "
     "hides much of the time that pruning saves; start the demo with <code>--model</code> to see a large one.</p>"
@@ -75,36 +74,37 @@ def build_app(models: Models) -> gr.Blocks:
 
 
 def _wire(app: gr.Blocks, handlers: Handlers, form: Form, shown: Shown) -> None:
-    asked = [form.files, *form.settings]
-    said = [shown.answers, shown.costs, shown.viewer, shown.plan, shown.kept]
-    ask = gr.on(
-        [form.ask.click, form.question.submit],
-        handlers.ask,
-        asked,
-        said,
+    running, asked = Running(handlers), [form.files, *form.settings]
+    turns, ticket = gr.State(Turns()), gr.State(0)
+    wanted = [form.ask.click, form.question.submit]
+    # the ticket is taken at once, also where the question must wait for others
+    gr.on(wanted, lambda mine: mine.take(), turns, ticket, queue=False, **_QUIET).then(
+        running.ask,
+        [turns, ticket, *asked],
+        [shown.answers, shown.costs, shown.viewer, shown.plan, shown.kept],
         show_progress="minimal",
         show_progress_on=[shown.answers],
         **_PRIVATE,
         **_ONE_AT_A_TIME,
     )
-    ask.failure(lambda: error_html(_BROKEN), None, shown.answers, **_QUIET)
     # on a phone the answers stand below the form
-    gr.on([form.ask.click, form.question.submit], None, js=_TO_ANSWERS_JS, **_PRIVATE)
-    sweep = shown.sweep.click(
-        handlers.sweep,
-        asked,
+    gr.on(wanted, None, js=_TO_ANSWERS_JS, **_PRIVATE)
+    shown.sweep.click(lambda mine: mine.take(), turns, ticket, queue=False, **_QUIET).then(
+        running.sweep,
+        [turns, ticket, *asked],
         [shown.points, shown.said],
         show_progress="minimal",
         **_PRIVATE,
         **_ONE_AT_A_TIME,
     )
-    form.stop.click(handlers.stop, shown.answers, shown.answers, cancels=[ask, sweep], queue=False, **_QUIET)
+    form.stop.click(running.stop, [turns, shown.answers], shown.answers, queue=False, **_QUIET)
 
     described = [form.preview, shown.python, shown.command, shown.query]
     changes = [component.change for component in (*form.settings, form.files)]
     gr.on(changes, handlers.describe, asked, described, trigger_mode="always_last", **_QUIET)
     shown.query.change(None, shown.query, shown.link, js=_LINK_JS, **_PRIVATE)
 
+    shown.copy.click(None, shown.link, js="(link) => { navigator.clipboard.writeText(link); }", **_PRIVATE)
     form.suggestions.click(lambda sample: sample[0], form.suggestions, form.question, **_QUIET)
     form.examples.select(
         handlers.pick_example, form.model, [form.files, form.model, form.question, form.suggestions], **_QUIET
@@ -128,7 +128,8 @@ def _render_knobs(app: gr.Blocks, handlers: Handlers, form: Form) -> None:
             except VtpruneError:
                 return
             for field in fields:
-                place: dict[str, Any] = {"label": field.name, "info": field.about, "elem_id": f"vtp-knob-{field.name}"}
+                place: dict[str, Any] = {"label": field.name, "info": field.about, "interactive": True}
+                place["elem_id"] = f"vtp-knob-{field.name}"
                 setter = partial(handlers.set_knob, knob=field.name)
                 if field.choices:
                     box = gr.Dropdown(list(field.choices), value=field.value, **place)

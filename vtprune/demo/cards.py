@@ -131,10 +131,14 @@ def _costs(full: Answer, report: Report) -> list[_Cost]:
     ]
     if full.prefill_s is not None and full.tokens_per_s is not None:
         costs += [
-            _Cost("prefill time", full.prefill_s, lambda answer: answer.prefill_s, lambda s: f"{s * 1e3:.3g} ms"),
+            _Cost("prefill time", full.prefill_s, lambda answer: answer.prefill_s, _time_text),
             _Cost("decoding", full.tokens_per_s, lambda a: a.tokens_per_s, lambda n: f"{n:.3g} tokens/s", True),
         ]
     return [cost for cost in costs if cost.full]
+
+
+def _time_text(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _row(cost: _Cost, answers: Sequence[Answer]) -> str:

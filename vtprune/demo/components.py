@@ -25,6 +25,13 @@ class Form:
         import vtprune
 
         names = list(vtprune.methods())
+        self._add_media()
+        self._add_question(models, usual)
+        self._add_method(names, usual)
+        self._add_more(names)
+        self.named = gr.State(usual.method)
+
+    def _add_media(self) -> None:
         self.files = gr.Gallery(
             label="Pictures, or a short film",
             elem_id="vtp-files",
@@ -47,6 +54,8 @@ class Form:
             object_fit="cover",
             buttons=[],
         )
+
+    def _add_question(self, models: Models, usual: Settings) -> None:
         self.model = gr.Dropdown(list(models.specs), value=usual.model, label="Model", elem_id="vtp-model")
         self.question = gr.Textbox(
             usual.question, label="Question", elem_id="vtp-question", max_length=2000, lines=2, submit_btn=False
@@ -57,6 +66,8 @@ class Form:
             label="Suggestions",
             elem_id="vtp-suggestions",
         )
+
+    def _add_method(self, names: list[str], usual: Settings) -> None:
         self.method = gr.Dropdown(
             names,
             value=usual.method,
@@ -74,7 +85,8 @@ class Form:
         with gr.Row():
             self.ask = gr.Button("Ask", variant="primary", elem_id="vtp-ask")
             self.stop = gr.Button("Stop", elem_id="vtp-stop")
-        self.named = gr.State(usual.method)
+
+    def _add_more(self, names: list[str]) -> None:
         others = [NOTHING, *names]
         with gr.Accordion("Compare and combine", open=False, elem_id="vtp-combine"):
             self.beside = gr.Dropdown(
@@ -152,5 +164,12 @@ class Shown:
             with gr.Row():
                 self.plan = gr.DownloadButton("plan.json", interactive=False, elem_id="vtp-plan")
                 self.kept = gr.DownloadButton("kept.json", interactive=False, elem_id="vtp-kept")
-            self.link = gr.Textbox(label="Link to these settings", buttons=["copy"], elem_id="vtp-link", max_lines=2)
+            self.link = gr.Textbox(
+                label="Link to these settings",
+                elem_id="vtp-link",
+                lines=2,
+                interactive=True,
+                info="The page's address is the same link. Uploaded files are not part of it.",
+            )
+            self.copy = gr.Button("Copy link", size="sm", elem_id="vtp-copy")
             self.query = gr.Textbox(visible="hidden", elem_id="vtp-query", label="query")

@@ -1,10 +1,9 @@
-"""What happens on the page: plain functions from chosen values to what components show."""
+"""What the fields of the page mean and do to each other; asking is in `vtprune.demo.running`."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,33 +12,28 @@ import gradio as gr
 
 from vtprune.budget import parse_keep
 from vtprune.cost import plan_cost
-from vtprune.demo.ask import race
-from vtprune.demo.cards import answers_html, costs_html, error_html, points_html, waiting_html
+from vtprune.demo.cards import error_html
 from vtprune.demo.code import command_line, python_lines
 from vtprune.demo.knobs import with_knob
 from vtprune.demo.media import read_question
 from vtprune.demo.models import Models
-from vtprune.demo.result import Downloads, record_of
 from vtprune.demo.settings import Settings, without_rules
-from vtprune.demo.stability import Point, stability
-from vtprune.demo.survival import survival
 from vtprune.errors import InputError, VtpruneError
 from vtprune.examples import Example, example, examples
 from vtprune.specs import parse_knobs, parse_method
 
 if TYPE_CHECKING:
-    from vtprune.demo.ask import Race
     from vtprune.demo.models import Loaded
     from vtprune.prompt import Question
 
-__all__ = ["NOTHING", "Handlers", "example_of"]
+__all__ = ["NOTHING", "Files", "Handlers", "example_of"]
 
 NOTHING = "nothing"
-_Files = list[tuple[str, str | None]] | None
+Files = list[tuple[str, str | None]] | None
 _OWN_PICTURES = ("Describe the picture.", "What is in the foreground?", "What does the text say?")
 
 
-def paths_of(files: _Files) -> list[Path]:
+def paths_of(files: Files) -> list[Path]:
     """The files of a gallery."""
     return [Path(path) for path, _ in files or ()]
 
@@ -63,52 +57,19 @@ class Handlers:
     """
 
     def __init__(self, models: Models, usual: Settings) -> None:
-        self._models, self.usual = models, usual
-        self._downloads = Downloads()
+        self.models, self.usual = models, usual
 
-    # asking
-
-    def ask(self, files: _Files, *chosen: Any) -> Iterator[tuple[Any, ...]]:
-        """Answers, costs, what was seen, and two downloads, as they come."""
-        waiting = "Reading the question." if self._models.is_loaded(chosen[0]) else f"Loading {chosen[0]}."
-        yield waiting_html(waiting), "", {}, gr.skip(), gr.skip()
-        try:
-            settings, loaded, question = self._question(files, *chosen)
-            last = None
-            for state in race(loaded, question, settings.runs(), settings.max_new_tokens):
-                last = state
-                yield answers_html(state), costs_html(state), gr.skip(), gr.skip(), gr.skip()
-            if last is not None:
-                yield answers_html(last), costs_html(last), *self._seen(loaded, question, last, settings)
-        except VtpruneError as error:
-            yield error_html(str(error)), "", {}, gr.skip(), gr.skip()
-
-    def _seen(self, loaded: Loaded, question: Question, last: Race, settings: Settings) -> tuple[Any, ...]:
-        from vtprune.prompt import pictures_seen
-
-        seen = pictures_seen(loaded.processor, last.inputs, question.images)
-        plan = last.pruned[0].plan
-        return (
-            survival(question, seen, last.pruned),
-            gr.DownloadButton(
-                value=self._downloads.write("plan.json", plan and plan.to_dict()), interactive=plan is not None
-            ),
-            gr.DownloadButton(
-                value=self._downloads.write("kept.json", record_of(last, settings)), interactive=plan is not None
-            ),
-        )
-
-    def _question(self, files: _Files, *chosen: Any) -> tuple[Settings, Loaded, Question]:
+    def question(self, files: Files, *chosen: Any) -> tuple[Settings, Loaded, Question]:
         """All that is wrong is found here, before a model runs."""
         paths = paths_of(files)
         settings = self.settings(files, *chosen)
         settings.runs()
-        loaded = self._models[settings.model]
+        loaded = self.models[settings.model]
         return settings, loaded, read_question(loaded.model, loaded.reads_videos, settings.question, paths)
 
     def settings(
         self,
-        files: _Files,
+        files: Files,
         model: str,
         question: str,
         method: str,
@@ -135,36 +96,14 @@ class Handlers:
             max_new_tokens=int(max_new_tokens),
         )
 
-    def stop(self, shown: str) -> str:
-        """The answers of a question that was given up: without their carets, and with a word about it."""
-        if "vtp-caret" not in (shown or ""):
-            return shown
-        return (
-            re.sub(r'<span class="vtp-caret".*?</span>', "", shown)
-            + '<p class="vtp-verdict" role="status">Stopped.</p>'
-        )
-
-    # the budget sweep
-
-    def sweep(self, files: _Files, *chosen: Any) -> Iterator[tuple[Any, Any]]:
-        """Points for the plot, and the same as a table."""
-        points: list[Point] = []
-        try:
-            settings, loaded, question = self._question(files, *chosen)
-            for point in stability(loaded, question, settings.runs(), settings.max_new_tokens):
-                points.append(point)
-                yield _table(points), points_html(points)
-        except VtpruneError as error:
-            yield gr.skip(), error_html(str(error))
-
     # what follows from the settings
 
-    def describe(self, files: _Files, *chosen: Any) -> tuple[str, str, str, str]:
+    def describe(self, files: Files, *chosen: Any) -> tuple[str, str, str, str]:
         """What the budget means on this model, and the settings as Python, as a command and as a query."""
         try:
             settings = self.settings(files, *chosen)
             run, *_ = settings.runs()
-            loaded = self._models[settings.model]
+            loaded = self.models[settings.model]
             names = [path.name for path in paths_of(files)]
             code = python_lines(settings, run, names), command_line(settings, run, names), settings.query()
             return self._preview(loaded, settings), *code
@@ -182,11 +121,13 @@ class Handlers:
             geometry = session.geometry.for_prompt(session.geometry.visual_tokens, text, 1)
             plan = session.plan_for(geometry.visual_tokens, text, 1)
             average, share = plan_cost(plan, geometry, "average"), plan_cost(plan, geometry, "flops")
-            about = "about " if geometry.dynamic else ""
             least = "at least " if any(stage.adaptive for stage in plan.stages) else ""
-            tokens = f"{least}{about}{average:.4g} of {geometry.visual_tokens} visual tokens a layer"
+            tokens = f"{average:.4g} of {geometry.visual_tokens} visual tokens a layer"
+            if geometry.dynamic:
+                # how many there are depends on the picture
+                tokens = f"about {100 * average / geometry.visual_tokens:.3g} % of the visual tokens a layer"
             cost = f"about {100 * share:.3g} % of the decoder's prefill"
-            lines.append(f"<b>{escape(run.method)}</b>: {tokens}, {cost}")
+            lines.append(f"<b>{escape(run.method)}</b>: {least}{tokens}, {cost}")
         return f'<p class="vtp-preview">{"<br>".join(lines)}</p>'
 
     def pick_example(self, model: str, event: gr.SelectData) -> tuple[Any, ...]:
@@ -196,13 +137,13 @@ class Handlers:
     def show_example(self, model: str, name: str) -> tuple[Any, ...]:
         """The same of one that is named; the model changes if it was not made for it and another one was."""
         shown = example(name)
-        suited = [spec for spec in self._models.specs if spec.removeprefix("tiny:") in shown.models]
+        suited = [spec for spec in self.models.specs if spec.removeprefix("tiny:") in shown.models]
         embedded = model.startswith("tiny:")
         model = model if not suited or not embedded or model in suited else suited[0]
         questions = [[question] for question, _ in shown.questions]
         return [str(file) for file in shown.files], model, questions[0][0], gr.Dataset(samples=questions)
 
-    def suggest(self, files: _Files) -> Any:
+    def suggest(self, files: Files) -> Any:
         """Questions that fit the pictures."""
         shown = example_of(paths_of(files))
         questions = _OWN_PICTURES if shown is None else [question for question, _ in shown.questions]
@@ -232,7 +173,7 @@ class Handlers:
             usual = dataclasses.replace(self.usual, question="") if "example" in query else self.usual
             settings = Settings.from_query(query, usual)
             settings.runs()
-            if settings.model not in self._models.specs:
+            if settings.model not in self.models.specs:
                 raise InputError(f"this demo does not offer the model {settings.model!r} of the link.")
             return self._fields(settings)
         except VtpruneError as error:
@@ -263,15 +204,3 @@ def _percent(keep: str) -> float:
     if isinstance(value, int):
         raise InputError(f"a link's budget is a share such as 25%, got {keep!r}.")
     return max(1.0, round(100 * value, 1))
-
-
-def _table(points: Sequence[Point]) -> Any:
-    """What the plot draws."""
-    import pandas
-
-    drawn = [
-        (100 * point.share, point.probability, point.method, point.keep, "same" if point.same else "another")
-        for point in points
-        if point.share is not None
-    ]
-    return pandas.DataFrame(drawn, columns=["budget", "probability", "method", "keep", "answer"])

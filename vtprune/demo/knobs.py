@@ -107,11 +107,13 @@ def _docs(cls: type) -> dict[str, str]:
     """`Attributes:` of a docstring, by name."""
     section = re.search(r"^Attributes:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(cls) or "", re.MULTILINE | re.DOTALL)
     found: dict[str, str] = {}
-    name = ""
+    names: list[str] = []
     for line in section[1].splitlines() if section else ():
-        entry = re.match(r" {4}(\w+): (.*)", line)
+        entry = re.match(r" {4}(\w+(?:, \w+)*): (.*)", line)
         if entry:
-            name, found[entry[1]] = entry[1], entry[2].strip()
-        elif name:
-            found[name] += " " + line.strip()
+            # several may be described together
+            names = entry[1].split(", ")
+            found |= dict.fromkeys(names, entry[2].strip())
+        else:
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
     return found

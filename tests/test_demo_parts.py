@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from vtprune.demo.stability import stability
 from vtprune.demo.stream import TokenStream
 from vtprune.demo.survival import survival, survival_of
 from vtprune.prompt import Question, pictures_seen, prompt_inputs
+from vtprune.tiny.shipped import write_film
 
 QUESTION = "where is the digit 4?"
 
@@ -186,7 +188,7 @@ def test_too_few_and_too_many(llava: Loaded, tmp_path: Path) -> None:
         read_question(llava.model, False, "what?", [picture] * 9)
 
 
-def test_films_are_read_by_models_that_read_them(models: Models) -> None:
+def test_films_are_read_by_models_that_read_them(models: Models, tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="transformers makes the processor of this model with it")
     plus = models["tiny:qwen2_vl_plus"]
     shown = example("films")
@@ -195,6 +197,11 @@ def test_films_are_read_by_models_that_read_them(models: Models) -> None:
     last = _last(plus, asked, Run("fastv", "50%"))
     assert last.answers[0].text == shown.questions[0][1]
     data = survival(asked, [], last.pruned)
+    # what the model's own reader says names the file, not where it lies
+    write_film(tmp_path / "short.mp4", [Image.new("RGB", (80, 80), "teal")])
+    with pytest.raises(InputError, match=r"'short\.mp4' has 1 frame; Qwen2VL") as raised:
+        read_question(plus.model, True, "what?", [tmp_path / "short.mp4"])
+    assert str(tmp_path) not in str(raised.value)
     # two frames make one grid of tokens
     assert [view["title"] for view in data["views"]] == [f"film, from frame {n}" for n in (1, 3, 5, 7)]
 
@@ -314,6 +321,8 @@ def test_a_stream_computes_only_when_asked(llava: Loaded, question: Question) ->
     ids = []
     while (token := stream.step()) is not None:
         ids.append(token)
+        # long enough for several more, if nothing held it
+        time.sleep(0.2)
         assert len(passes) == len(ids)
     assert ids == stream.ids == whole.tolist()
     assert len(stream.seconds) == len(ids)

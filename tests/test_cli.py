@@ -261,6 +261,22 @@ def test_eval_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyP
     assert "pip install 'vtprune[eval]'" in message
 
 
+def test_the_demo_without_gradio_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("gradio", "vtprune.demo", "vtprune.commands.demo"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    message = _fails("demo")
+    assert "needs 'gradio'" in message
+    assert "pip install 'vtprune[demo]'" in message
+
+
+def test_the_demo_says_which_model_is_not_there() -> None:
+    pytest.importorskip("gradio")
+    assert "there is no model folder '/no/such/model'" in _fails("demo", "--model", "/no/such/model")
+    assert "Unknown tiny model 'lava'" in _fails("demo", "--model", "tiny:lava")
+    assert "random weights" in _fails("demo", "--model", "random:mini")
+
+
 def test_eval_is_mounted() -> None:
     result = _invoke("eval", "--help")
     assert result.exit_code == 0, result.output

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -12,7 +14,7 @@ from typing import Any
 import gradio_client
 import httpx
 import pytest
-from demo_server import Server, running, server
+from demo_server import HERE, Server, running, server
 from gradio_client.exceptions import AppError
 
 import vtprune
@@ -177,6 +179,16 @@ def test_the_page_s_own_functions_are_not_for_programs(server: Server) -> None:
 def test_the_server_reached_for_nothing_else(server: Server, client: Any) -> None:
     client.predict(api_name="/models")
     assert not server.tried.exists(), server.tried.read_text(encoding="utf-8")
+
+
+def test_a_port_that_is_taken_is_said(server: Server, tmp_path: Path) -> None:
+    taken = str(urllib.parse.urlsplit(server.address).port)
+    command = [sys.executable, str(HERE / "demo_process.py"), str(tmp_path / "tried.txt"), "--port", taken]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=180)
+    assert ended.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{taken}" in ended.stderr
+    assert "Choose another --port" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_the_demo_serves_a_checkpoint_from_a_folder(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import typer
 
+import vtprune
+from vtprune.demo.launch import launch
+from vtprune.demo.models import EMBEDDED, Models
 from vtprune.errors import InputError
 from vtprune.loading import SPEC_HELP, load_config
 
@@ -21,10 +24,6 @@ def demo_command(
     browser: bool = typer.Option(False, "--open", help="Open the page in a browser."),
 ) -> None:
     """Ask in a browser: the unpruned answer beside the pruned one, what it cost, and what it saw."""
-    import vtprune
-    from vtprune.demo.launch import launch
-    from vtprune.demo.models import EMBEDDED, Models
-
     for spec in model or ():
         # a model that is not there, or cannot be pruned, is said before the page is
         vtprune.geometry(load_config(spec))

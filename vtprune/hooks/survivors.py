@@ -83,16 +83,16 @@ class Survivors:
         self.kept.extend(records)
         return self._drop(hidden) if self.alive.counts != list(self.layout.counts) else hidden
 
-    @scoring()
     @torch.no_grad()
     def prepare(self, hidden: Tensor) -> None:
         """Show what enters the decoder's layers, [B, M, D], to the scorers that ask for it."""
-        scorers = {s.scorer.name: s for s in self.stages if s.site.kind == "layer" and s.scorer.reads_input}
-        for name, stage in scorers.items():
-            alive, layout, visual, _ = self._visual(hidden)
-            text = text_view(hidden, self.rows, self.text, self.layout)
-            view = token_view(stage.site, stage.scorer, alive, visual, alive.counts, layout, self._grids(), (), text)
-            self.alive.memory[name] = stage.scorer.prepare(view)
+        asking = {s.scorer.name: s for s in self.stages if s.site.kind == "layer" and s.scorer.reads_input}
+        for name, stage in asking.items():
+            with scoring():
+                alive, layout, visual, _ = self._visual(hidden)
+                text, grids = text_view(hidden, self.rows, self.text, self.layout), self._grids()
+                view = token_view(stage.site, stage.scorer, alive, visual, alive.counts, layout, grids, (), text)
+                self.alive.memory[name] = stage.scorer.prepare(view)
 
     def _grids(self) -> list[list[tuple[int, int]]]:
         """(rows, cols) of the images of each sample."""

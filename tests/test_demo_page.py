@@ -156,7 +156,8 @@ def test_switching_the_method_changes_picture_and_knobs(page: Page) -> None:
     page.locator("#vtp-knob-layer textarea, #vtp-knob-layer input").first.blur()
     expect(page.locator("#vtp-method input")).to_have_value("fastv(layer=2)")
     expect(page.locator("#vtp-preview")).to_contain_text("fastv(layer=2)")
-    pick(page, "#vtp-knob-positions", "compact")
+    page.click("#vtp-knob-positions input")
+    page.get_by_role("option", name="compact").click()
     expect(page.locator("#vtp-method input")).to_have_value("fastv(layer=2, positions='compact')")
     shoot(page, "knobs")
 

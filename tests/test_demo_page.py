@@ -62,15 +62,12 @@ def opened(context: BrowserContext, server: Server, query: str = "") -> Page:
 
 def ask(page: Page) -> list[str]:
     """Ask, and wait until all is there; the answers."""
-    before = page.locator(".vtp-viewer").inner_html() if page.locator(".vtp-viewer svg").count() else ""
     page.click("#vtp-ask")
+    # what was seen before goes first, and what is seen now comes last
+    expect(page.locator(".vtp-viewer")).to_be_hidden()
+    expect(page.locator(".vtp-viewer svg").first).to_be_visible()
     expect(page.locator("#vtp-costs")).to_contain_text("taken in turn")
     expect(page.locator("#vtp-costs")).to_contain_text("tokens/s")
-    page.wait_for_function(
-        "before => { const v = document.querySelector('.vtp-viewer');"
-        " return v && v.querySelector('svg') && v.innerHTML !== before; }",
-        arg=before,
-    )
     return page.locator(".vtp-text").all_inner_texts()
 
 

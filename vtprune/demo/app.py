@@ -24,6 +24,7 @@ __all__ = ["build_app", "usual_settings"]
 _ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _QUIET: dict[str, Any] = {**_PRIVATE, "show_progress": "hidden", "concurrency_limit": 8}
+_AT_ONCE: dict[str, Any] = {**_QUIET, "queue": False, "trigger_mode": "multiple"}
 _HEADER = (
     "<header><h1>vtprune</h1><p>Ask about a picture. The answer of the whole model stands beside that of the same "
     "model with most visual tokens dropped, with what it costs and what it saw.</p></header>"
@@ -78,26 +79,30 @@ def _wire(app: gr.Blocks, handlers: Handlers, form: Form, shown: Shown) -> None:
     turns, ticket = gr.State(Turns()), gr.State(0)
     wanted = [form.ask.click, form.question.submit]
     # the ticket is taken at once, also where the question must wait for others
-    gr.on(wanted, lambda mine: mine.take(), turns, ticket, queue=False, **_QUIET).then(
+    gr.on(wanted, lambda mine: mine.take(), turns, ticket, **_AT_ONCE).then(
         running.ask,
         [turns, ticket, *asked],
         [shown.answers, shown.costs, shown.viewer, shown.plan, shown.kept],
         show_progress="minimal",
         show_progress_on=[shown.answers],
+        # also while the former one still ends, which would otherwise swallow it
+        trigger_mode="multiple",
         **_PRIVATE,
         **_ONE_AT_A_TIME,
     )
     # on a phone the answers stand below the form
     gr.on(wanted, None, js=_TO_ANSWERS_JS, **_PRIVATE)
-    shown.sweep.click(lambda mine: mine.take(), turns, ticket, queue=False, **_QUIET).then(
+    shown.sweep.click(lambda mine: mine.take(), turns, ticket, **_AT_ONCE).then(
         running.sweep,
         [turns, ticket, *asked],
         [shown.points, shown.said],
         show_progress="minimal",
+        # also while the former one still ends, which would otherwise swallow it
+        trigger_mode="multiple",
         **_PRIVATE,
         **_ONE_AT_A_TIME,
     )
-    form.stop.click(running.stop, [turns, shown.answers], shown.answers, queue=False, **_QUIET)
+    form.stop.click(running.stop, [turns, shown.answers], shown.answers, **_AT_ONCE)
 
     described = [form.preview, shown.python, shown.command, shown.query]
     changes = [component.change for component in (*form.settings, form.files)]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Running", "Turns"]
 
+_STOPPED = '<p class="vtp-verdict" role="status">Stopped.</p>'
+
 
 @dataclass
 class Turns:
@@ -57,6 +59,8 @@ class Running:
         """Answers, costs, what was seen, and two downloads, as they come."""
         nothing = (gr.skip(),) * 3
         if turns.last != ticket:
+            # without a word gradio would empty the page
+            yield _STOPPED if turns.stopped else gr.skip(), gr.skip(), *nothing
             return
         loaded = self._handlers.models.is_loaded(chosen[0])
         yield waiting_html("Reading the question." if loaded else f"Loading {chosen[0]}."), "", {}, gr.skip(), gr.skip()
@@ -91,6 +95,9 @@ class Running:
     def sweep(self, turns: Turns, ticket: int, files: Files, *chosen: Any) -> Iterator[tuple[Any, Any]]:
         """Points for the plot, and the same as a table."""
         points: list[Point] = []
+        if turns.last != ticket:
+            yield gr.skip(), gr.skip()
+            return
         try:
             settings, model, question = self._handlers.question(files, *chosen)
             for point in stability(model, question, settings.runs(), settings.max_new_tokens):
@@ -112,7 +119,7 @@ def stopped(shown: str) -> str:
     if "vtp-caret" not in shown and "vtp-waiting" not in shown:
         return shown
     kept = re.sub(r'<span class="vtp-caret".*?</span>|<p class="vtp-waiting".*?</p>', "", shown)
-    return f'{kept}<p class="vtp-verdict" role="status">Stopped.</p>'
+    return kept + _STOPPED
 
 
 def _table(points: Sequence[Point]) -> Any:

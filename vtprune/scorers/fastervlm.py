@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from vtprune.budget import Budget, Geometry
-from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
-from vtprune.plan import Plan, Stage
-from vtprune.scorers.tower_end import received_attention, solve_at_tower_end
+from vtprune.contract import METHODS
+from vtprune.scorers.tower_end import TowerEndScorer
 
 __all__ = ["FasterVLM"]
 
 
 @METHODS.register("fastervlm")
 @dataclass(frozen=True)
-class FasterVLM(Scorer):
+class FasterVLM(TowerEndScorer):
     """Keeps the patches that CLS attends to most in the block whose output the projector reads; before the projector.
 
     Paper: FasterVLM, arXiv 2412.01818 (its first version; the second is VisPruner). score_j = mean over heads of
@@ -31,21 +27,3 @@ class FasterVLM(Scorer):
 
     name: ClassVar[str] = "fastervlm"
     summary: ClassVar[str] = "CLS attention at the end of the vision tower (arXiv 2412.01818)"
-    queries: ClassVar[Queries | None] = "cls"
-
-    def observe(self, view: AttentionView, memory: Memory) -> Memory:
-        """Remember what CLS attends to, `attention` [B, V]."""
-        return {"attention": received_attention(view)}
-
-    def score(self, view: TokenView) -> Tensor:
-        """[B, V] attention weight, fp32, in [0, 1]."""
-        return view.memory["attention"]
-
-    def plan(self, geometry: Geometry, budget: Budget) -> Plan:
-        """One stage between tower and projector.
-
-        Raises:
-            BudgetError: if the budget is missing or out of reach.
-            UnsupportedModelError: if the family opens no tower.
-        """
-        return solve_at_tower_end(lambda site, keep: Stage(site, self, keep), geometry, budget, self.name)

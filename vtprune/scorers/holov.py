@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from vtprune.budget import Budget, Geometry
-from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
-from vtprune.plan import Plan, Stage
-from vtprune.scorers.tower_end import received_attention, solve_at_tower_end
+from vtprune.contract import METHODS
+from vtprune.scorers.tower_end import TowerEndScorer
 from vtprune.selections.crops import Crops
 
 __all__ = ["HoloV"]
@@ -18,7 +14,7 @@ __all__ = ["HoloV"]
 
 @METHODS.register("holov")
 @dataclass(frozen=True)
-class HoloV(Scorer):
+class HoloV(TowerEndScorer):
     """Deals the budget to runs of the picture by attention and variety, and keeps the most attended of each run.
 
     Paper: HoloV, "Don't Just Chase Highlighted Tokens in MLLMs: Revisiting Visual Holistic Context Retention", NeurIPS
@@ -40,7 +36,6 @@ class HoloV(Scorer):
 
     name: ClassVar[str] = "holov"
     summary: ClassVar[str] = "CLS attention with quotas for runs of the picture (HoloV, NeurIPS 2025)"
-    queries: ClassVar[Queries | None] = "cls"
 
     crops: int = 16
     balance: float = 0.09
@@ -52,20 +47,3 @@ class HoloV(Scorer):
     def selection(self) -> Crops:
         """The set that is made of the attention."""
         return Crops(self.crops, self.balance)
-
-    def observe(self, view: AttentionView, memory: Memory) -> Memory:
-        """Remember what CLS attends to, `attention` [B, V]."""
-        return {"attention": received_attention(view)}
-
-    def score(self, view: TokenView) -> Tensor:
-        """[B, V] attention weight, fp32, in [0, 1]."""
-        return view.memory["attention"]
-
-    def plan(self, geometry: Geometry, budget: Budget) -> Plan:
-        """One stage between tower and projector.
-
-        Raises:
-            BudgetError: if the budget is missing or out of reach.
-            UnsupportedModelError: if the family opens no tower.
-        """
-        return solve_at_tower_end(lambda site, keep: Stage(site, self, keep), geometry, budget, self.name)

@@ -5,44 +5,60 @@ They cut at `vision[k]`, k the block that the projector reads: nothing is saved 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vtprune.budget import Budget, Geometry, solve
+from vtprune.contract import AttentionView, Memory, Queries, Scorer, TokenView
 from vtprune.errors import UnsupportedModelError
 from vtprune.kernels.attention_rows import attention_rows
 from vtprune.plan import Plan, Site, Stage
-from vtprune.views import AttentionView
 
-__all__ = ["received_attention", "solve_at_tower_end"]
+__all__ = ["TowerEndScorer", "received_attention"]
 
 # attention weights of one block of query rows, all heads
 _BLOCK = 1 << 24
 
 
-def solve_at_tower_end(
-    stage: Callable[[Site, int | float], Stage], geometry: Geometry, budget: Budget, method: str
-) -> Plan:
-    """One stage behind the block that the projector reads. A fraction stays one, so that every image gives its share.
+@dataclass(frozen=True)
+class TowerEndScorer(Scorer):
+    """Scores the features that the projector reads by what CLS attends to, and cuts between the two.
 
-    Raises:
-        BudgetError: if the budget is missing or out of reach.
-        UnsupportedModelError: if the family opens no tower.
+    A method adds its selection or remainder; `received_attention` says what stands for CLS in towers without one.
     """
-    if geometry.vision is None:
-        raise UnsupportedModelError(
-            f"{method} chooses among the features of the vision tower, which the family {geometry.family!r} does not "
-            "open. Use a method that cuts later, such as divprune or fastv."
-        )
-    site = Site("vision", geometry.vision.feature_block)
-    solved = solve(lambda n: Plan((stage(site, n),)), geometry, budget, method=method)
-    if isinstance(budget.value, int):
-        return solved
-    if budget.basis == "flops" or budget.value is None:
-        return Plan((stage(site, min(1.0, solved.stages[0].keep / max(1, geometry.visual_tokens))),))
-    return Plan((stage(site, budget.value),))
+
+    queries: ClassVar[Queries | None] = "cls"
+
+    def observe(self, view: AttentionView, memory: Memory) -> Memory:
+        """Remember what CLS attends to, `attention` [B, V]."""
+        return {"attention": received_attention(view)}
+
+    def score(self, view: TokenView) -> Tensor:
+        """[B, V] attention weight, fp32, in [0, 1]."""
+        return view.memory["attention"]
+
+    def plan(self, geometry: Geometry, budget: Budget) -> Plan:
+        """One stage between tower and projector. A fraction stays one, so that every image gives its share.
+
+        Raises:
+            BudgetError: if the budget is missing or out of reach.
+            UnsupportedModelError: if the family opens no tower.
+        """
+        if geometry.vision is None:
+            raise UnsupportedModelError(
+                f"{self.name} chooses among the features of the vision tower, which the family {geometry.family!r} "
+                "does not open. Use a method that cuts later, such as divprune or fastv."
+            )
+        site = Site("vision", geometry.vision.feature_block)
+        solved = solve(lambda n: Plan((Stage(site, self, n),)), geometry, budget, method=self.name)
+        if isinstance(budget.value, int):
+            return solved
+        if budget.basis == "flops" or budget.value is None:
+            return Plan((Stage(site, self, min(1.0, solved.stages[0].keep / max(1, geometry.visual_tokens))),))
+        return Plan((Stage(site, self, budget.value),))
 
 
 def received_attention(view: AttentionView) -> Tensor:

@@ -5,20 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from vtprune.budget import Budget, Geometry
-from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
-from vtprune.plan import Plan, Stage
+from vtprune.contract import METHODS, AttentionView, Memory
 from vtprune.remainders.contextual import Contextual
-from vtprune.scorers.tower_end import received_attention, solve_at_tower_end
+from vtprune.scorers.tower_end import TowerEndScorer, received_attention
 
 __all__ = ["VisionZip"]
 
 
 @METHODS.register("visionzip")
 @dataclass(frozen=True)
-class VisionZip(Scorer):
+class VisionZip(TowerEndScorer):
     """Keeps the patches that CLS attends to most, and merges the others into a few; before the projector.
 
     Paper: VisionZip, arXiv 2412.04467. Dominant tokens: the best by the attention of CLS in the block whose output the
@@ -40,7 +36,6 @@ class VisionZip(Scorer):
 
     name: ClassVar[str] = "visionzip"
     summary: ClassVar[str] = "CLS attention, and the rest merged into contextual tokens (arXiv 2412.04467)"
-    queries: ClassVar[Queries | None] = "cls"
 
     contextual: float = 10 / 64
 
@@ -56,16 +51,3 @@ class VisionZip(Scorer):
         """Remember what CLS attends to, `attention` [B, V], and the keys, mean over heads, `metric` [B, V, d]."""
         metric = view.visual(view.key).float().mean(1)
         return {"attention": received_attention(view), "metric": metric.masked_fill(~view.valid[..., None], 0.0)}
-
-    def score(self, view: TokenView) -> Tensor:
-        """[B, V] attention weight, fp32, in [0, 1]."""
-        return view.memory["attention"]
-
-    def plan(self, geometry: Geometry, budget: Budget) -> Plan:
-        """One stage between tower and projector.
-
-        Raises:
-            BudgetError: if the budget is missing or out of reach.
-            UnsupportedModelError: if the family opens no tower.
-        """
-        return solve_at_tower_end(lambda site, keep: Stage(site, self, keep), geometry, budget, self.name)

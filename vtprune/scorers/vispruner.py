@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from vtprune.budget import Budget, Geometry
-from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
-from vtprune.plan import Plan, Stage
-from vtprune.scorers.tower_end import received_attention, solve_at_tower_end
+from vtprune.contract import METHODS
+from vtprune.scorers.tower_end import TowerEndScorer
 from vtprune.selections.pairs import Pairs
 
 __all__ = ["VisPruner"]
@@ -18,7 +14,7 @@ __all__ = ["VisPruner"]
 
 @METHODS.register("vispruner")
 @dataclass(frozen=True)
-class VisPruner(Scorer):
+class VisPruner(TowerEndScorer):
     """Half of the budget by CLS attention, half by removing look-alikes; on the features before the projector.
 
     Paper: VisPruner, arXiv 2412.01818 (second version of FasterVLM). floor(important T) patches by the attention of CLS
@@ -39,7 +35,6 @@ class VisPruner(Scorer):
 
     name: ClassVar[str] = "vispruner"
     summary: ClassVar[str] = "CLS attention for half, removal of look-alikes for the rest (arXiv 2412.01818)"
-    queries: ClassVar[Queries | None] = "cls"
 
     important: float = 0.5
     at_once: int = 8
@@ -51,20 +46,3 @@ class VisPruner(Scorer):
     def selection(self) -> Pairs:
         """The set that is made of the attention."""
         return Pairs(self.important, self.at_once)
-
-    def observe(self, view: AttentionView, memory: Memory) -> Memory:
-        """Remember what CLS attends to, `attention` [B, V]."""
-        return {"attention": received_attention(view)}
-
-    def score(self, view: TokenView) -> Tensor:
-        """[B, V] attention weight, fp32, in [0, 1]."""
-        return view.memory["attention"]
-
-    def plan(self, geometry: Geometry, budget: Budget) -> Plan:
-        """One stage between tower and projector.
-
-        Raises:
-            BudgetError: if the budget is missing or out of reach.
-            UnsupportedModelError: if the family opens no tower.
-        """
-        return solve_at_tower_end(lambda site, keep: Stage(site, self, keep), geometry, budget, self.name)

@@ -14,8 +14,9 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 LMMS_EVAL ?= lmms-eval==0.7.3
 OUT ?= runs
 MODELS ?= tiny:llava,tiny:qwen2_vl,tiny:internvl
-# every method as it is, and two with depths that suit twelve layers: by themselves, and behind a cut in the tower
-METHODS ?= all,gemfilter(layer=3),transprune(layers=(5,6,8)),flowcut(text_cut=False)@1/2+gemfilter(layer=3),flowcut@1/3+transprune(layers=(5,6,8))
+# the named methods, the strongest rivals and the baselines, two with depths that suit twelve layers, and chains of a cut
+# in the tower with one in the decoder; METHODS=all runs everything that is registered, in about twice the time
+METHODS ?= atp,cdpruner,divprune,dyvte,fastv,flowcut,gemfilter,pool,random,relevance,sparsevlm,transprune,uniform,visionzip,gemfilter(layer=3),transprune(layers=(5,6,8)),flowcut(text_cut=False)@1/2+gemfilter(layer=3),flowcut@1/3+transprune(layers=(5,6,8))
 ARGS ?=
 # the oldest supported transformers, and the hub client it needs, in a folder that goes before the environment's own
 OLDEST ?= transformers==5.16.*

@@ -360,7 +360,11 @@ def paired(states: Tensor, scores: Tensor, keep: int, important: float, at_once:
 
 
 @pytest.mark.parametrize(("keep", "important", "at_once"), [(9, 0.5, 8), (8, 0.25, 3), (20, 0.0, 1), (5, 1.0, 8)])
-def test_pairs_equal_the_rule(keep: int, important: float, at_once: int) -> None:
+@pytest.mark.parametrize("most", [1 << 24, 0], ids=["known pairs", "too many pairs"])
+def test_pairs_equal_the_rule(
+    keep: int, important: float, at_once: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vtprune.selections.pairs._MOST", most)
     rule = Pairs(important, at_once)
     samples = [Sample(((3, 9),), seed=seed) for seed in range(3)] + [Sample(((1, 40),), seed=5)]
     view, scores = view_of(*samples, keep=(keep,) * 4)

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SWEEP = yaml.safe_load((ROOT / "benchmarks" / "leaderboard.yaml").read_text(encoding="utf-8"))
 MODELS = SWEEP["model"]
 # registered since the sweep was run; take them out of here when it is run again
-SINCE = {"cdpruner", "dart", "fastervlm", "holov", "pyramiddrop", "sparsevlm", "vispruner", "visionzip"}
+SINCE = {"cdpruner", "dart", "fastervlm", "holov", "prumerge", "prumerge-plus", "pyramiddrop", "sparsevlm"}
+SINCE |= {"vispruner", "visionzip"}
 
 
 def rows_of(model: str) -> list[Row]:

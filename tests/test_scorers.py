@@ -111,7 +111,7 @@ def test_scores_are_finite_and_ties_go_to_the_earlier_token(name: str) -> None:
         assert scores.shape == view.valid.shape
         assert scores[view.valid].isfinite().all()
     # these know places on the grid, or chance
-    if name in ("random", "uniform", "pool", "atp"):
+    if name in ("random", "uniform", "pool", "atp", "prumerge-plus"):
         return
     if name in ("relevance", "vispruner", "holov"):
         return  # a convolution sees where the sequence ends; pairs are of even and odd places; crops have quotas

@@ -113,12 +113,22 @@ class Merge:
             owns itself and does not stay is dropped.
         weight: [B, V] weights of the mean, not negative; None for `view.size`.
         summed: the result is the weighted sum and not the weighted mean.
+        near: [B, V, k] int64 index on the V axis of further tokens, k for each that stays, of which it takes a share,
+            whoever owns them: so that one token may go into several. Rows of tokens that do not stay are not read. None
+            if nobody takes shares.
+        share: [B, V, k] fp32 their weights; 0 where a row has fewer than k, whose `near` is then the token itself.
+
+    What a token takes by `near` is added to what it becomes by `owner`: share-weighted states before the merge, never
+    divided by anything. It moves no books. Who stands for a token, its place, position and size go by `owner` alone,
+    so that the sizes of what stays still add up to the number of original tokens.
     """
 
     kept: Tensor
     owner: Tensor
     weight: Tensor | None = None
     summed: bool = False
+    near: Tensor | None = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["STEP", "blocks_of_rows", "cosine_distance", "nearest_target", "unit_states"]
+__all__ = ["STEP", "blocks_of_rows", "cosine_distance", "nearest_others", "nearest_target", "unit_states"]
 
 STEP = 2.0**-20
 # elements of one block of cosines
@@ -62,3 +62,42 @@ def nearest_target(states: Tensor, targets: Tensor) -> Tensor:
         nearest.append(distance.masked_fill(~there[:, None], float("inf")).argmin(2))
     found = index.gather(1, torch.cat(nearest, 1))
     return found.where(counts[:, None] > 0, own)
+
+
+def nearest_others(states: Tensor, rows: Tensor, valid: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The `number` other tokens with the highest cosine to each token of `rows`, nearest first, ties to the earlier.
+
+    Cost: O(R V D) for R rows a sample, in blocks; no [V, V] matrix is kept.
+
+    Args:
+        states: [B, V, D] unit vectors.
+        rows: [B, V] bool, the tokens that ask; not at padding.
+        valid: [B, V] the tokens that may be found.
+        number: k >= 1; fewer if a sample has no more tokens.
+
+    Returns:
+        [B, V, min(k, V)] int64 indices on the V axis, the token's own where nothing is found or nobody asks; and of the
+        same shape whether something is found.
+    """
+    batch, length = valid.shape
+    device, number = valid.device, min(number, length)
+    own = torch.arange(length, device=device)[None, :, None].expand(batch, -1, number)
+    width = int(rows.sum(1).max()) if batch else 0
+    index = torch.argsort((~rows).to(torch.uint8), dim=1, stable=True)[:, :width]
+    asks = rows.gather(1, index)
+    place, nobody = torch.arange(length, device=device), 1 << 24
+    found = []
+    for part in blocks_of_rows(batch, width, length, device):
+        mine = index[:, part]
+        cosine = states.gather(1, mine[..., None].expand(-1, -1, states.shape[2])) @ states.transpose(1, 2)
+        there = valid[:, None] & asks[:, part, None] & (place != mine[..., None])
+        # distance and place in one whole number, so that no two are equal
+        ranked = torch.where(there, cosine_distance(cosine).long(), nobody) * length + place
+        found.append(ranked.topk(number, 2, largest=False).values)
+    if not found:
+        return own, torch.zeros(own.shape, dtype=torch.bool, device=device)
+    best = torch.cat(found, 1)
+    there = best < nobody * length
+    at = index[..., None].expand(-1, -1, number)
+    near = own.scatter(1, at, torch.where(there, best % length, at))
+    return near, torch.zeros(own.shape, dtype=torch.bool, device=device).scatter(1, at, there)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vtprune.choice import Choice, choose
 from vtprune.contract import AttentionView, Memory, Scorer, TextView, TokenView
@@ -172,10 +173,29 @@ def make_cut(
 def merge_states(hidden: Tensor, merge: Merge, alive: Alive) -> Tensor:
     """[B, V, D] states of tokens `alive` before a cut -> the same once survivors hold what was merged into them."""
     weight = alive.size if merge.weight is None else merge.weight
-    if not merge.summed:
-        return merge_tokens(hidden, merge.owner, alive.valid, weight)
-    mean, total = merge_tokens(hidden, merge.owner, alive.valid, weight, totals=True)
-    return (mean.float() * total[..., None]).to(hidden.dtype).where((total > 0)[..., None], hidden)
+    if merge.summed:
+        mean, total = merge_tokens(hidden, merge.owner, alive.valid, weight, totals=True)
+        merged = (mean.float() * total[..., None]).to(hidden.dtype).where((total > 0)[..., None], hidden)
+    else:
+        merged = merge_tokens(hidden, merge.owner, alive.valid, weight)
+    if merge.near is None or merge.share is None:
+        return merged
+    return _with_shares(hidden, merged, merge.kept & alive.valid, merge.near, merge.share)
+
+
+def _with_shares(hidden: Tensor, merged: Tensor, kept: Tensor, near: Tensor, share: Tensor) -> Tensor:
+    """`merged` [B, V, D] plus, where `kept`, the states `hidden` of `near` weighted by `share` (see `Merge`)."""
+    at = kept.flatten().nonzero()[:, 0]
+    if not len(at):
+        return merged
+    first = at.div(kept.shape[1], rounding_mode="floor") * kept.shape[1]
+    index, flat = near.flatten(0, 1)[at] + first[:, None], hidden.flatten(0, 1)
+    # adds up k rows a survivor without laying them side by side
+    taken = functional.embedding_bag(
+        index, flat.float(), per_sample_weights=share.flatten(0, 1)[at].float(), mode="sum"
+    )
+    own = merged.flatten(0, 1)
+    return own.index_copy(0, at, (own[at].float() + taken).to(own.dtype)).view_as(merged)
 
 
 def record_cut(site: Site, alive: Alive, cut: Cut | None, text: tuple[Tensor, ...] | None = None) -> Kept:

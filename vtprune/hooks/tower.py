@@ -270,6 +270,9 @@ class TowerCall:
 def _deal(medium: Medium, stage: Stage) -> list[int]:
     """How many cells of each unit of `medium` survive `stage`."""
     wanted = stage.count(medium.tokens) - medium.others
+    if stage.adaptive:
+        # the fewest that may stay; the scorer decides
+        wanted = max(wanted, 1)
     if wanted < 1 <= medium.others:
         raise BudgetError(
             f"keep={stage.keep} leaves {wanted + medium.others} of an image's {medium.tokens} tokens at {stage.site}, "

@@ -47,12 +47,7 @@ class TowerEndScorer(Scorer):
             BudgetError: if the budget is missing or out of reach.
             UnsupportedModelError: if the family opens no tower.
         """
-        if geometry.vision is None:
-            raise UnsupportedModelError(
-                f"{self.name} chooses among the features of the vision tower, which the family {geometry.family!r} "
-                "does not open. Use a method that cuts later, such as divprune or fastv."
-            )
-        site = Site("vision", geometry.vision.feature_block)
+        site = self.end_of(geometry)
         solved = solve(lambda n: Plan((Stage(site, self, n),)), geometry, budget, method=self.name)
         if isinstance(budget.value, int):
             return solved
@@ -60,22 +55,36 @@ class TowerEndScorer(Scorer):
             return Plan((Stage(site, self, min(1.0, solved.stages[0].keep / max(1, geometry.visual_tokens))),))
         return Plan((Stage(site, self, budget.value),))
 
+    def end_of(self, geometry: Geometry) -> Site:
+        """Between tower and projector.
 
-def received_attention(view: AttentionView) -> Tensor:
-    """[B, V] fp32: the attention that CLS pays each patch, mean over heads.
+        Raises:
+            UnsupportedModelError: if the family opens no tower.
+        """
+        if geometry.vision is None:
+            raise UnsupportedModelError(
+                f"{self.name} chooses among the features of the vision tower, which the family {geometry.family!r} "
+                "does not open. Use a method that cuts later, such as divprune or fastv."
+            )
+        return Site("vision", geometry.vision.feature_block)
+
+
+def received_attention(view: AttentionView, *, impl: str = "auto") -> Tensor:
+    """[B, V] fp32: the attention that CLS pays each patch, mean over heads; `impl` as in `attention_rows`.
 
     In a tower without CLS the mean over all its queries (what each patch receives), as VisionZip (arXiv 2412.04467) has
     it for such towers; [H, N, N] weights are made in blocks of rows and not kept.
     """
     if view.has_cls or view.every_query is None:
-        return attention_rows(view.query, view.key, view.scaling, real=view.real, column=view.column)[:, 0]
+        rows = attention_rows(view.query, view.key, view.scaling, real=view.real, column=view.column, impl=impl)
+        return rows[:, 0]
     batch, heads, length, _ = view.every_query.shape
     asking = torch.ones(batch, length, device=view.key.device) if view.real is None else view.real.float()
     total = torch.zeros(view.column.shape, device=view.key.device)
     size = max(1, _BLOCK // max(1, batch * heads * length))
     for start in range(0, length, size):
         part = view.every_query[:, :, start : start + size]
-        rows = attention_rows(part, view.key, view.scaling, real=view.real, column=view.column)
+        rows = attention_rows(part, view.key, view.scaling, real=view.real, column=view.column, impl=impl)
         # queries at padding may hold anything
         weight = asking[:, start : start + size, None]
         total = total + (weight * rows.where(weight > 0, 0.0)).sum(1)

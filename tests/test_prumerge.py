@@ -230,6 +230,10 @@ def test_outliers_by_hand() -> None:
     assert outliers(torch.tensor([[1.0, 9.0, 1.0, 1.0]]), valid).tolist() == [1]
     # of 1, 2, 3, 4: 1.75 and 3.25, the fence is 5.5
     assert outliers(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), valid).tolist() == [0]
+    # 0 to 7 and one more: quartiles 2 and 6, the fence is 12
+    nine = torch.arange(9.0).expand(2, 9).clone()
+    nine[:, 8] = torch.tensor([11.9, 12.2])
+    assert outliers(nine, torch.ones(2, 9, dtype=torch.bool)).tolist() == [0, 1]
     # all alike but for the last bits: the fence lies on them, and nobody stands out
     flat = torch.full((1, 4), 0.25) + torch.tensor([[0.0, 2e-8, 0.0, 0.0]])
     assert outliers(flat, valid).tolist() == [0]

@@ -14,6 +14,8 @@ import vtprune
 from vtprune import similarity
 from vtprune.errors import PlanError, UnknownNameError
 from vtprune.rules import SELECTIONS, Selection
+from vtprune.selections import coverage
+from vtprune.selections.coverage import Coverage
 from vtprune.selections.dpp import DPP
 from vtprune.selections.max_min import MaxMin
 from vtprune.selections.pairs import Pairs
@@ -391,3 +393,69 @@ def test_pairs_by_hand() -> None:
 def test_selections_are_importable_by_name() -> None:
     assert vtprune.DPP is DPP
     assert vtprune.MaxMin is MaxMin
+
+
+# coverage
+
+
+def covering(states: Tensor, weight: Tensor, keep: int) -> list[int]:
+    """The rule with the whole matrix, one sample, float64: tokens in the order in which they are chosen."""
+    unit = states.double() / states.double().norm(dim=1, keepdim=True)
+    cosine = unit @ unit.T
+    best, chosen = torch.zeros(len(states), dtype=torch.float64), []
+    for _ in range(keep):
+        gain = [float((cosine[:, v] - best).clamp(min=0.0).sum() * weight[v].double()) for v in range(len(states))]
+        chosen.append(max((v for v in range(len(states)) if v not in chosen), key=lambda v: gain[v]))
+        best = torch.maximum(best, cosine[:, chosen[-1]])
+    return chosen
+
+
+def test_coverage_on_four_tokens_by_hand() -> None:
+    view, _ = view_of(Sample(((1, 4),)), keep=(1,))
+    view = dataclasses.replace(view, hidden=plane(0, 60, 120, 100))
+    # cosines .5 (60 apart), .77 (40), .94 (20); 100 and 120 apart cover nothing. Gains 1.5, 2.77, 2.44, 2.71: 60 first.
+    # Then 0 adds .5, 120 adds .5 and .17, 100 adds .44 and .23, which is as much: the earlier. Then 0, and the last
+    for alone in (None, torch.tensor([[3.0, 1.0, 4.0, 1.0]])):
+        rule = Coverage() if alone is None else Coverage(alpha=0.0)
+        for keep, want in enumerate(([], [1], [1, 2], [0, 1, 2], [0, 1, 2, 3])):
+            cut = dataclasses.replace(view, keep=torch.tensor([keep]))
+            assert picked(rule, cut, alone) == [want]
+    # times 1, .5, .4, .5: 1.5, 1.38, .98, 1.35. Then 60 adds .5 + .5 + .77 = 1.77, 120 adds 1.94, 100 adds 2.21: .88,
+    # .78, 1.10. Then 60 adds .23 and 120 adds .06: .12, .02
+    scores = torch.tensor([[1.0, 0.5, 0.4, 0.5]])
+    for keep, want in enumerate(([], [0], [0, 3], [0, 1, 3])):
+        assert picked(Coverage(), dataclasses.replace(view, keep=torch.tensor([keep])), scores) == [want]
+    # squared: 1.5, .69, .39, .68; then .44, .31, .55
+    assert picked(Coverage(alpha=2.0), dataclasses.replace(view, keep=torch.tensor([2])), scores) == [[0, 3]]
+    # tokens whose score is nothing come last
+    assert picked(Coverage(), dataclasses.replace(view, keep=torch.tensor([2])), torch.tensor([[1.0, 0, 0, 0.1]])) == [
+        [0, 3]
+    ]
+    with pytest.raises(PlanError, match=r"coverage alpha must be a number >= 0, got -0\.5"):
+        Coverage(alpha=-0.5)
+
+
+@pytest.mark.parametrize(("held", "block"), [(1 << 26, 1 << 22), (1, 50)])
+def test_coverage_equals_the_rule(held: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "_HELD", held)
+    monkeypatch.setattr(similarity, "_BLOCK", block)
+    samples = (Sample(((5, 6),), seed=1), Sample(((3, 3),), seed=2), Sample(((7, 3),), seed=3))
+    for alpha in (1.0, 0.5):
+        for keep in ((1, 1, 1), (2, 8, 20), (29, 3, 7)):
+            view, scores = view_of(*samples, keep=keep)
+            want = [
+                sorted(covering(view.hidden[b, : s.total], scores[b, : s.total].double() ** alpha, k))
+                for b, (s, k) in enumerate(zip(samples, keep, strict=True))
+            ]
+            assert picked(Coverage(alpha), view, scores) == want
+
+
+def test_coverage_takes_twins_last_and_the_order_of_tokens_does_not_matter() -> None:
+    view, scores = view_of(Sample(((2, 4),), seed=3), keep=(4,))
+    hidden = view.hidden.clone()
+    hidden[0, 4:] = hidden[0, :1] * torch.tensor([[1.0], [2.0], [0.5], [7.0]])
+    assert picked(Coverage(), dataclasses.replace(view, hidden=hidden), torch.ones(1, 8)) == [[0, 1, 2, 3]]
+    turned = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
+    mine = dataclasses.replace(view, hidden=view.hidden[:, turned])
+    (kept,) = picked(Coverage(), mine, scores[:, turned])
+    assert sorted(turned[kept].tolist()) == picked(Coverage(), view, scores)[0]

@@ -1,4 +1,4 @@
-"""Methods that choose among finished features: FasterVLM, VisPruner, VisionZip; and CDPruner with its question."""
+"""Methods that choose among finished features: FasterVLM, VisPruner, VisionZip, SCOPE; CDPruner with its question."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from family_models import CASES
 from models import IMAGE, LAYERS, TOKENS, Row, batch, llava
 from oracle import hidden_keys, masked
 from scorer_views import HEADS, LLAVA, Sample, attention_view, token_view
-from test_selections import greedy_determinant, paired
+from test_selections import covering, greedy_determinant, paired
 from test_tower import BLOCKS
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from vtprune.scorers.tower_end import received_attention
 
 ROWS = (Row(1, 3, 5, 0), Row(0, 2, 9, 2), Row(2, 1, 4, 1))
 LAST = 5
-METHODS = ("fastervlm", "vispruner", "visionzip")
+METHODS = ("fastervlm", "vispruner", "visionzip", "scope")
 
 
 def tower_of(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +86,8 @@ def test_it_keeps_what_the_formula_says(method: str, tower: str) -> None:
             wanted.append(sorted(order[:6]))
         elif method == "vispruner":
             wanted.append(paired(features[image], attention[image], 6, 0.5, 8))
+        elif method == "scope":
+            wanted.append(sorted(covering(features[image], attention[image], 6)))
         else:
             # round(6 * 10 / 64) = 1 target, the first of the rest, which takes in all others
             rest = sorted(order[5:])
@@ -137,7 +139,7 @@ def test_received_attention_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(received_attention(view)[view.valid], got[view.valid])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "hiprune"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "llava_next"])
 @torch.no_grad()
 def test_merged_cells_and_crops_know_no_batch_mates(method: str, name: str) -> None:
@@ -157,7 +159,7 @@ def test_merged_cells_and_crops_know_no_batch_mates(method: str, name: str) -> N
             assert abs(len(kept.indices[b]) - 0.4 * session.report.visual_tokens[0]) <= 2.5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "hiprune"])
 def test_budgets(method: str) -> None:
     scorer = vtprune.contract.METHODS[method]()
     for keep in (64, 0.25, 1.0):
@@ -175,6 +177,7 @@ def test_budgets(method: str) -> None:
     [
         ("VisPruner", {"important": 2}, r"important must be a number in \[0, 1\], got 2"),
         ("VisionZip", {"contextual": 1}, r"share must be a number in \[0, 1\), got 1"),
+        ("SCOPE", {"alpha": -1}, "coverage alpha must be a number >= 0, got -1"),
         ("CDPruner", {"theta": 1.0}, r"theta must be a number in \[0, 1\) or None, got 1.0"),
     ],
 )

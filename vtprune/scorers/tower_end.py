@@ -69,13 +69,14 @@ class TowerEndScorer(Scorer):
         return Site("vision", geometry.vision.feature_block)
 
 
-def received_attention(view: AttentionView, *, impl: str = "auto") -> Tensor:
+def received_attention(view: AttentionView, *, by_all: bool = False, impl: str = "auto") -> Tensor:
     """[B, V] fp32: the attention that CLS pays each patch, mean over heads; `impl` as in `attention_rows`.
 
     In a tower without CLS the mean over all its queries (what each patch receives), as VisionZip (arXiv 2412.04467) has
-    it for such towers; [H, N, N] weights are made in blocks of rows and not kept.
+    it for such towers, and with `by_all` in every tower, CLS among the queries; [H, N, N] weights are made in blocks of
+    rows and not kept.
     """
-    if view.has_cls or view.every_query is None:
+    if view.every_query is None or (view.has_cls and not by_all):
         rows = attention_rows(view.query, view.key, view.scaling, real=view.real, column=view.column, impl=impl)
         return rows[:, 0]
     batch, heads, length, _ = view.every_query.shape

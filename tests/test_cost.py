@@ -58,7 +58,9 @@ def test_pruned_report_agrees_with_the_counter(method: str, attn: str) -> None:
         report = session.report
     # scoring is not counted, and here the rows of all raters in three of four layers are more than a little
     assert report.flops == pytest.approx(decoder, rel=0.02 if method == "sparsevlm" else 0.01)
-    assert report.vision_flops == pytest.approx(tower, rel=0.01)
+    # nor are the products of all pairs of patches, which weigh more where blocks are narrow
+    pairs = method in ("hiprune", "scope", "vispruner")
+    assert report.vision_flops == pytest.approx(tower, rel=0.03 if pairs else 0.01)
     assert report.kv_bytes == cache_bytes(out.past_key_values)[0]
     assert asks or report.flops < report.flops_full
     assert report.kv_bytes < report.kv_bytes_full

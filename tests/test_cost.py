@@ -57,7 +57,7 @@ def test_pruned_report_agrees_with_the_counter(method: str, attn: str) -> None:
         decoder, tower, out = _counted(model, inputs)
         report = session.report
     # scoring is not counted, and here the rows of all raters in three of four layers are more than a little
-    assert report.flops == pytest.approx(decoder, rel=0.02 if method == "sparsevlm" else 0.01)
+    assert report.flops == pytest.approx(decoder, rel={"sparsevlm": 0.02, "spatten": 0.04}.get(method, 0.01))
     # nor are the products of all pairs of patches, which weigh more where blocks are narrow
     pairs = method in ("hiprune", "scope", "vispruner")
     assert report.vision_flops == pytest.approx(tower, rel=0.03 if pairs else 0.01)

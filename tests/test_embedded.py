@@ -119,7 +119,7 @@ def test_batch_equals_each_sample_alone(tiny: Tiny, method: str) -> None:
     model, together = tiny.model, tiny.encode(0, 1, 2, 3)
     assert (together["attention_mask"] == 0).any(), "no padding, so the test shows nothing"
     keep = (
-        0.5 if method in ("atp", "gemfilter", "pyramiddrop", "sparsevlm", "transprune") else 1 / 9
+        0.5 if method in ("atp", "gemfilter", "pyramiddrop", "sparsevlm", "spatten", "transprune") else 1 / 9
     )  # the first layers of these see every token
     with vtprune.prune(model, ready(method, model), keep) as session:
         longer = {"min_new_tokens": 16, "max_new_tokens": 16, "do_sample": False, **tiny.words_only}

@@ -321,6 +321,7 @@ FLOORS = {
     "gemfilter": 9,
     "pyramiddrop": (16 + 7 + 3 + 1) / 4,
     "sparsevlm": (16 + 8 + 3 + 1) // 4,
+    "spatten": (16 + 3 + 2 + 1) / 4,
     "transprune": (16 + 14 + 10 + 1) / 4,
 }
 

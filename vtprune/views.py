@@ -20,10 +20,10 @@ Memory = dict[str, Tensor]
 tokens are dropped. In a tower that merges c patches into a token `observe` sees and returns [B, V * c], the patches of
 each token side by side, and a cut sees their mean."""
 
-Queries = Literal["last", "cls", "mean", "instruction"]
+Queries = Literal["last", "cls", "mean", "instruction", "all"]
 """Which query rows an attention view holds: the last prompt token, the tower's CLS token, the mean of real tokens (in a
 tower those of one image, crop or frame, also in blocks that attend in windows), the prompt's tokens behind its last
-image."""
+image, all tokens of the call."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class AttentionView:
         query: [B, H, R, d] the rows asked for by `Scorer.queries`, after RoPE.
         key, value: [B, Hkv, N, d] all keys and values, after RoPE.
         scaling: factor of the logits, usually d ** -0.5.
-        real: [B, N], or [B, R, N] for "instruction": True at keys that a query row sees (not at padding, later tokens,
-            nor outside its sliding window), or None if it sees all.
+        real: [B, N], or [B, R, N] for "instruction" and "all": True at keys that a row sees (not at padding, later
+            tokens, nor outside its sliding window), or None if it sees all.
         column: [B, V] where each alive visual token lies among the N keys.
         valid: [B, V] False at padding of the V axis.
         query_value: [B, Hkv, R, d] values at the query rows.

@@ -23,6 +23,9 @@ __all__ = [
     "watched_transitions",
 ]
 
+# query rows that lie in the prompt
+_PROMPT_ROWS = ("last", "instruction", "all")
+
 
 def check_plan(plan: Plan, geometry: Geometry) -> None:
     """Check that every stage can run on a model of this geometry.
@@ -65,7 +68,7 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
             raise PlanError(f"{scorer.name} reads attention, which does not exist yet at 'input'; use 'layer[k]'.")
         if scorer.queries in ("cls", "mean") and site.kind in ("restart", "layer"):
             raise PlanError(f"{scorer.name} reads the {scorer.queries!r} query of a tower; it cannot cut at {site}.")
-        if (scorer.reads_text or scorer.queries in ("last", "instruction")) and site.kind == "vision":
+        if (scorer.reads_text or scorer.queries in _PROMPT_ROWS) and site.kind == "vision":
             raise PlanError(f"{scorer.name} reads the prompt; it cannot cut at {site}, where only images are known.")
         if scorer.reads_input and site.kind != "layer":
             raise PlanError(f"{scorer.name} reads what enters the decoder; it cannot cut at {site}, use 'layer[k]'.")
@@ -164,7 +167,6 @@ def check_drafts(plan: Plan, wanted: int) -> None:
     Raises:
         InputError: naming the methods that read the prompt.
     """
-    asks = ("last", "instruction")
     readers = sorted(
         {
             s.scorer.name
@@ -174,7 +176,7 @@ def check_drafts(plan: Plan, wanted: int) -> None:
             or s.scorer.reads_text
             or s.scorer.reads_input
             or s.scorer.reads_transitions
-            or (s.scorer.reads_attention and s.scorer.queries in asks)
+            or (s.scorer.reads_attention and s.scorer.queries in _PROMPT_ROWS)
         }
     )
     if readers:

@@ -56,8 +56,8 @@ class Books:
     def attention(self, block: int, seen: Seen, queries: Queries | None, group: Group, masks: Masks) -> AttentionView:
         """The view of a layer's attention for a scorer that reads `queries`."""
         past, keys, rows = seen.key.shape[2] - seen.query.shape[2], seen.key.shape[2], self.rows
-        if queries == "instruction":
-            at, asking = instruction_rows(rows, self.layout)
+        if queries in ("instruction", "all"):
+            at, asking = instruction_rows(rows, self.layout) if queries == "instruction" else _in_order(rows.filled)
             real = masks.rows(block, group, rows.position.gather(1, at), keys)
         else:
             at, asking = rows.last()[:, None], None

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from vtprune.budget import Budget, Geometry, scale_depth, solve
+from vtprune.cost import plan_cost
 from vtprune.errors import PlanError
 from vtprune.plan import Plan, Site, Stage
 
-__all__ = ["check_schedule", "scheduled_layers", "scheduled_plan"]
+__all__ = ["check_schedule", "scheduled_layers", "scheduled_plan", "solve_finely"]
 
 
 def check_schedule(method: str, layers: Sequence[int] | None, ratios: Sequence[float]) -> None:
@@ -49,6 +50,30 @@ def scheduled_layers(
             "Set layers and ratios of the same length."
         )
     return found
+
+
+def solve_finely(
+    build: Callable[[float], Plan], geometry: Geometry, budget: Budget, *, method: str, knob: str | None = None
+) -> Plan:
+    """`vtprune.budget.solve` for schedules whose earlier cuts move faster than their last one.
+
+    From one number behind the last cut to the next, the average over the layers may move by a dozen tokens; a budget
+    of average tokens is therefore looked for between two such numbers as well.
+
+    Args:
+        build: plan for so many survivors of the last cut, which need not be whole.
+        geometry, budget, method, knob: as for `solve`.
+
+    Raises:
+        BudgetError: as `solve`.
+    """
+    solved = solve(build, geometry, budget, method=method, knob=knob)
+    value, total = budget.value, geometry.visual_tokens
+    if budget.basis != "average" or value is None or budget.is_all(total):
+        return solved
+    target, last = value * total if isinstance(value, float) else value, solved.stages[-1].count(total)
+    finer = [solved, *(build(max(1.0, last + step / 16)) for step in range(-16, 17))]
+    return min(finer, key=lambda plan: abs(plan_cost(plan, geometry, "average") - target))
 
 
 def scheduled_plan(

@@ -10,15 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtprune.budget import Budget, Geometry, solve
+from vtprune.budget import Budget, Geometry
 from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
-from vtprune.cost import plan_cost
 from vtprune.errors import PlanError
 from vtprune.kernels.attention_rows import attention_rows
 from vtprune.plan import Plan, Positions, Site, Stage
 from vtprune.remainders.drop import Drop
 from vtprune.remainders.recycle import Recycle
-from vtprune.scorers.schedule import scheduled_layers
+from vtprune.scorers.schedule import scheduled_layers, solve_finely
 
 __all__ = ["SparseVLM"]
 
@@ -136,14 +135,7 @@ class SparseVLM(Scorer):
             )
             return Plan(tuple(stages))
 
-        solved = solve(build, geometry, budget, method=self.name, knob="layers")
-        value, total = budget.value, geometry.visual_tokens
-        if budget.basis != "average" or value is None or budget.is_all(total):
-            return solved
-        # between two numbers behind the last cut the first two cuts may move by a dozen
-        target, last = value * total if isinstance(value, float) else value, solved.stages[-1].count(total)
-        finer = [solved, *(build(max(1.0, last + step / 16)) for step in range(-16, 17))]
-        return min(finer, key=lambda plan: abs(plan_cost(plan, geometry, "average") - target))
+        return solve_finely(build, geometry, budget, method=self.name, knob="layers")
 
 
 def _shares(last: float) -> tuple[float, ...]:

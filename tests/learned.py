@@ -14,6 +14,8 @@ from vtprune.predictors import ExitGates, Fingerprint, Predictor, RelevanceNet, 
 from vtprune.scorers.learned import LearnedScorer
 
 BUDGETED = sorted(name for name, cls in METHODS.items() if cls.takes_budget)
+# those that can prune a still image
+IN_STILLS = [name for name in BUDGETED if name != "evs"]
 # as deep as scorer_views.LLAVA
 _NOBODY = Fingerprint("nobody", 32, 16)
 

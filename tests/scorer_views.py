@@ -33,12 +33,18 @@ LLAVA = Geometry(
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt: its images, which of their tokens are left, and the seed of its content."""
+    """One prompt: its images, which of their tokens are left, and the seed of its content.
+
+    `images` and `frames` say of each grid to which image it belongs and which video frame it shows; without them each
+    grid is a still image.
+    """
 
     grids: tuple[tuple[int, int], ...]
     seed: int = 0
     text: int = 5
     gone: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
+    frames: tuple[int | None, ...] = ()
 
     @property
     def total(self) -> int:
@@ -96,7 +102,8 @@ def token_view(
         memory={} if memory is None else memory,
         text_key=tuple((s.seed, s.text) for s in samples),
         text=text_view(samples, dtype=dtype, poison=poison),
-        images=tuple(tuple(range(len(s.grids))) for s in samples),
+        images=tuple(s.images or tuple(range(len(s.grids))) for s in samples),
+        frames=tuple(s.frames or (None,) * len(s.grids) for s in samples),
     )
 
 

@@ -19,6 +19,7 @@ MODELS = SWEEP["model"]
 # registered since the sweep was run; take them out of here when it is run again
 SINCE = {"cdpruner", "dart", "fastervlm", "holov", "prumerge", "prumerge-plus", "pyramiddrop", "sparsevlm"}
 SINCE |= {"vispruner", "visionzip", "hiprune", "scope", "spatten"}
+SINCE |= {"evs", "uniform-frames", "vidcom2"}
 
 
 def rows_of(model: str) -> list[Row]:

@@ -398,7 +398,7 @@ def test_methods_with_rules_as_text() -> None:
         (
             "fastv/dpp/topk",
             PlanError,
-            "got 'fastv/dpp/topk'. Selections: coverage, crops, dpp, maxmin, pairs, strata, threshold, topk",
+            "got 'fastv/dpp/topk'. Selections: coverage, crops, dpp, frames, maxmin, pairs, strata, threshold, topk",
         ),
         ("fastv/", UnknownNameError, "Unknown selection or remainder ''"),
         ("fastv/dpp(3)", PlanError, "got 'dpp\\(3\\)'"),

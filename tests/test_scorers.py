@@ -111,10 +111,11 @@ def test_scores_are_finite_and_ties_go_to_the_earlier_token(name: str) -> None:
         assert scores.shape == view.valid.shape
         assert scores[view.valid].isfinite().all()
     # these know places on the grid, or chance
-    if name in ("random", "uniform", "pool", "atp", "prumerge-plus"):
+    if name in ("random", "uniform", "uniform-frames", "pool", "atp", "prumerge-plus"):
         return
-    if name in ("relevance", "vispruner", "holov"):
-        return  # a convolution sees where the sequence ends; pairs are of even and odd places; crops have quotas
+    # a convolution sees where the sequence ends; pairs are of even and odd places; crops and frames have quotas
+    if name in ("relevance", "vispruner", "holov", "vidcom2"):
+        return
     flat = {key: torch.ones_like(signal) for key, signal in view.memory.items()}
     same = dataclasses.replace(view, hidden=torch.ones_like(view.hidden), memory=flat)
     kept = scorer.select(same)

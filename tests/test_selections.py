@@ -17,6 +17,7 @@ from vtprune.rules import SELECTIONS, Selection
 from vtprune.selections import coverage
 from vtprune.selections.coverage import Coverage
 from vtprune.selections.dpp import DPP
+from vtprune.selections.frames import Frames
 from vtprune.selections.max_min import MaxMin
 from vtprune.selections.pairs import Pairs
 from vtprune.selections.strata import Strata, split_by_weight
@@ -32,7 +33,7 @@ SAMPLES = (
 )
 KEEP = (5, 7, 1, 6)
 EVERY = [*(SELECTIONS[name]() for name in SELECTIONS), DPP(theta=0.7), Strata(by="window", rows=2, cols=3)]
-EVERY += [Strata(within="dpp", share="score"), Strata(by="grid", within="maxmin")]
+EVERY += [Strata(within="dpp", share="score"), Strata(by="grid", within="maxmin"), Strata(by="frame")]
 every = pytest.mark.parametrize("selection", EVERY, ids=str)
 
 
@@ -106,8 +107,9 @@ def test_equal_tokens_are_told_apart_by_order(selection: Selection) -> None:
     view, scores = view_of(*SAMPLES, keep=KEEP)
     same = dataclasses.replace(view, hidden=torch.ones_like(view.hidden))
     kept = selection.select(same, torch.ones_like(scores))
-    if isinstance(selection, Strata):
-        same = dataclasses.replace(same, grid=torch.zeros_like(same.grid), images=((0,),) * 4)
+    if isinstance(selection, (Strata, Frames)):
+        one = tuple((0,) * len(grids) for grids in same.grids)
+        same = dataclasses.replace(same, grid=torch.zeros_like(same.grid), images=one)
         same = dataclasses.replace(same, row=same.row * 0, col=same.col * 0)
         kept = selection.select(same, torch.ones_like(scores))
     assert torch.equal(kept, torch.arange(kept.shape[1])[None] < view.keep[:, None])
@@ -331,7 +333,7 @@ def test_dealing_by_weight() -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"by": "frame"}, "by must be 'image', 'grid' or 'window', got 'frame'"),
+        ({"by": "film"}, "by must be 'image', 'frame', 'grid' or 'window', got 'film'"),
         ({"share": "x"}, "share must be 'tokens' or 'score', got 'x'"),
         ({"rows": 0}, "rows must be an int >= 1, got 0"),
         ({"within": "threshold"}, r"must name a selection with a fixed count \(topk, maxmin, dpp\), got 'threshold'"),

@@ -74,6 +74,8 @@ class Geometry:
         windows: sliding window of each decoder layer, None where it attends to everything; () if none can slide.
         notes: what is assumed about the model, for reports.
         entering: visual tokens that enter each decoder layer before the method at hand acts; () means all.
+        opening: visual tokens that lie where no earlier frame of their film has one: all of still images, the first
+            frame of each video. None means all.
     """
 
     family: str
@@ -93,16 +95,27 @@ class Geometry:
     windows: tuple[int | None, ...] = ()
     notes: tuple[str, ...] = ()
     entering: tuple[int, ...] = ()
+    opening: int | None = None
 
     def __post_init__(self) -> None:
         if not self.entering:
             object.__setattr__(self, "entering", (self.visual_tokens,) * self.layers)
 
-    def for_prompt(self, visual_tokens: int, text_tokens: int, images: int) -> Geometry:
-        """The same model with another prompt."""
+    def for_prompt(self, visual_tokens: int, text_tokens: int, images: int, *, opening: int | None = None) -> Geometry:
+        """The same model with another prompt, of still images unless `opening` says otherwise."""
         return dataclasses.replace(
-            self, visual_tokens=visual_tokens, text_tokens=text_tokens, images=images, entering=()
+            self,
+            visual_tokens=visual_tokens,
+            text_tokens=text_tokens,
+            images=images,
+            entering=(),
+            opening=opening,
         )
+
+    @property
+    def fresh_tokens(self) -> int:
+        """`opening` as a number."""
+        return self.visual_tokens if self.opening is None else self.opening
 
     def after(self, plan: Plan) -> Geometry:
         """The same prompt as a later method finds it, once `plan` has acted."""

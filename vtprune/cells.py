@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vtprune.contract import TokenView
 
-__all__ = ["Cells", "centre_mask", "grid_cells", "sample_cells", "split_in_proportion", "view_cells"]
+__all__ = ["Cells", "alive_tokens", "centre_mask", "grid_cells", "sample_cells", "split_in_proportion", "view_cells"]
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,21 @@ def sample_cells(grids: tuple[tuple[int, int], ...], alive: tuple[int, ...], n: 
 
 def view_cells(view: TokenView) -> list[Cells]:
     """The cells of each sample of a view, over its V axis: `view.keep[b]` of them, or one a token if fewer are left."""
-    chosen = []
-    for b, (count, keep) in enumerate(zip(view.valid.sum(1).tolist(), view.keep.tolist(), strict=True)):
-        grids = view.grids[b]
-        alive = [rows * cols for rows, cols in grids]
-        if count != sum(alive):
-            grid = view.grid[b, :count].tolist()
-            alive = [grid.count(i) for i in range(len(grids))]
-        chosen.append(sample_cells(grids, tuple(alive), min(keep, count)))
-    return chosen
+    return [
+        sample_cells(grids, alive, min(keep, sum(alive)))
+        for grids, alive, keep in zip(view.grids, alive_tokens(view), view.keep.tolist(), strict=True)
+    ]
+
+
+def alive_tokens(view: TokenView) -> list[tuple[int, ...]]:
+    """For each sample of a view how many tokens of each of its grids are still there."""
+    alive = []
+    for b, (grids, count) in enumerate(zip(view.grids, view.valid.sum(1).tolist(), strict=True)):
+        mine = [rows * cols for rows, cols in grids]
+        if count != sum(mine):
+            mine = torch.bincount(view.grid[b, :count], minlength=len(grids)).tolist()
+        alive.append(tuple(mine))
+    return alive
 
 
 def centre_mask(view: TokenView) -> Tensor:

@@ -56,6 +56,7 @@ class Scorer:
         reads_prompt: the view's `text_key` is filled (it costs one copy of the token ids to the host).
         reads_text: the view's `text` is filled.
         reads_input: `prepare` is called once, on what enters the decoder's layers.
+        reads_frames: it compares the frames of a film, which a tower sees one by one: it cannot cut there.
     """
 
     name: ClassVar[str] = ""
@@ -70,6 +71,7 @@ class Scorer:
     reads_prompt: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
     reads_input: ClassVar[bool] = False
+    reads_frames: ClassVar[bool] = False
 
     @property
     def reads_attention(self) -> bool:
@@ -114,6 +116,10 @@ class Scorer:
         """Blocks that are observed before a cut at `site`; unless overridden as `accumulates` says."""
         last = site.index - (site.kind == "layer")
         return range(0 if self.accumulates else last, last + 1)
+
+    def floor(self, geometry: Geometry) -> int:
+        """Fewest tokens that a stage of this method can leave of a prompt; a plan that asks for fewer is refused."""
+        return 0
 
     def prepare(self, view: TokenView) -> Memory:
         """The first memory of a method that cuts in the decoder's layers, from what enters them. If `reads_input`.

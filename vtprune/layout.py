@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ImageGrid", "Layout"]
+from vtprune.frames import opening_tokens
+
+__all__ = ["ImageGrid", "Layout", "opening"]
 
 Region = tuple[float, float, float, float]
 
@@ -40,6 +42,12 @@ class ImageGrid:
     def tokens(self) -> int:
         """Number of visual tokens of the grid."""
         return self.rows * self.cols
+
+
+def opening(images: Sequence[int], grids: Sequence[ImageGrid]) -> int:
+    """Tokens of a sample that lie where no earlier frame of their film has one; `images` as in `Layout`."""
+    frames, sides = tuple(g.frame for g in grids), tuple((g.rows, g.cols) for g in grids)
+    return opening_tokens(tuple(images), frames, sides)
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,11 @@ class Layout:
             real=real,
             counts=tuple(counts),
         )
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """For each sample its tokens that lie where no earlier frame of their film has one: see `Geometry`."""
+        return tuple(opening(images, grids) for images, grids in zip(self.images, self.grids, strict=True))
 
     def to(self, device: torch.device) -> Layout:
         """The same on another device."""

@@ -124,6 +124,8 @@ class TokenView:
             the scorer sets `reads_prompt`.
         text: the text tokens, None unless the scorer sets `reads_text`.
         images: for each sample and grid the index of its image in the sample.
+        frames: for each sample and grid the index of its video frame, None in a still image; () where all are stills,
+            and in a tower, which sees each frame by itself.
         size: [B, V] how many original tokens each one stands for, fp32, 1 at padding; None if none was merged.
     """
 
@@ -140,4 +142,5 @@ class TokenView:
     text_key: tuple[tuple[int, ...], ...]
     text: TextView | None = None
     images: tuple[tuple[int, ...], ...] = ()
+    frames: tuple[tuple[int | None, ...], ...] = ()
     size: Tensor | None = None

@@ -118,7 +118,8 @@ def race(
     for answer, session in zip(answers[1:], sessions, strict=True):
         report = answer.report = session.report
         images = len(question.images) + len(question.videos)
-        answer.plan = session.plan_for(report.visual_tokens[0], report.text_tokens[0], images)
+        opening = None if report.layout is None else report.layout.opening[0]
+        answer.plan = session.plan_for(report.visual_tokens[0], report.text_tokens[0], images, opening)
         answer.agrees = agreement(answers[0].ids, answer.ids)
     if patience_s > 0:
         state.phase = "measuring"

@@ -75,7 +75,8 @@ class InputCut:
         if not visual:
             return 0
         if (keep, visual) not in self._kept:
-            geometry = self._geometry.for_prompt(visual, 0, 1)
+            # whether the prompts were films is not known here; the run itself will tell
+            geometry = self._geometry.for_prompt(visual, 0, 1, opening=0)
             plan = self._method.plan(geometry, Budget(keep))
             self._kept[keep, visual] = plan.tokens_per_layer(geometry.entering, visual)[0]
         return self._kept[keep, visual]

@@ -260,5 +260,6 @@ def token_view(
         text_key=text_key,
         text=text,
         images=((0,),) * len(keep) if layout is None else layout.images,
+        frames=() if layout is None else tuple(tuple(g.frame for g in sample) for sample in layout.grids),
         size=alive.size,
     )

@@ -51,7 +51,7 @@ class Planner:
             self._methods = [bind(_method(m)) for m in _as_list(methods)]
             self._budgets = _budgets(self._methods, keep, basis, flops)
             self.nominal = self._nominal()
-        self._solved: dict[tuple[int, int, int], Plan] = {}
+        self._solved: dict[tuple[int, int, int, int | None], Plan] = {}
         self._towers: dict[int, tuple[Stage, ...]] = {}
 
     @property
@@ -66,19 +66,22 @@ class Planner:
         """True if plans depend on the number of text tokens."""
         return any(b.basis == "flops" for b in self._budgets)
 
-    def plan_for(self, visual_tokens: int, text_tokens: int, images: int) -> Plan:
-        """The plan of one sample.
+    def plan_for(self, visual_tokens: int, text_tokens: int, images: int, opening: int | None = None) -> Plan:
+        """The plan of one sample; `opening` as in `Geometry`.
 
         Raises:
             BudgetError: if the budget does not fit this prompt.
         """
-        if self._fixed is not None or visual_tokens == 0:
+        if visual_tokens == 0:
+            return self.nominal
+        if self._fixed is not None:
+            _check_floors(self._fixed, self.geometry.for_prompt(visual_tokens, text_tokens, images, opening=opening))
             return self.nominal
         if not self.needs_text:
             text_tokens = 0
-        key = (visual_tokens, text_tokens, images)
+        key = (visual_tokens, text_tokens, images, opening)
         if key not in self._solved:
-            plan = self._solve(self.geometry.for_prompt(*key))
+            plan = self._solve(self.geometry.for_prompt(*key[:3], opening=opening))
             tower = self.tower(visual_tokens)
             self._solved[key] = Plan(tower + plan.stages[len(tower) :]) if tower else plan
         return self._solved[key]
@@ -93,7 +96,8 @@ class Planner:
         if not nominal or self._fixed is not None or not shape.dynamic:
             return nominal
         if visual_tokens not in self._towers:
-            plan = self._solve(shape.for_prompt(visual_tokens, shape.text_tokens, 1))
+            # what a later method needs of the frames is known once the prompt is
+            plan = self._solve(shape.for_prompt(visual_tokens, shape.text_tokens, 1, opening=0))
             self._towers[visual_tokens] = plan.at("vision")
         return self._towers[visual_tokens]
 
@@ -121,6 +125,19 @@ class Planner:
                 raise
             chain = "+".join(f"{m.name}{_behind(b)}" for m, b in zip(self._methods, self._budgets, strict=True))
             raise BudgetError(f"in the chain {chain}: {error}", floor=error.floor) from error
+
+
+def _check_floors(plan: Plan, geometry: Geometry) -> None:
+    """Refuse counts below what a stage's method needs, where nobody solved for them."""
+    total = geometry.visual_tokens
+    for stage in plan.stages:
+        least, kept = min(total, stage.scorer.floor(geometry)), stage.count(total)
+        if kept < least:
+            raise BudgetError(
+                f"the plan keeps {kept} of {total} visual tokens at {stage.site}, but {stage.scorer.name} needs at "
+                f"least {least} of this prompt. Raise the stage's keep={stage.keep!r}.",
+                floor=least,
+            )
 
 
 def _behind(budget: Budget) -> str:

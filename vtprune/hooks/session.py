@@ -88,13 +88,17 @@ class Session:
             raise SessionError("no report yet: call the model (model.generate(...) or model(...)) first.")
         return self._report
 
-    def plan_for(self, visual_tokens: int, text_tokens: int, images: int = 1) -> Plan:
+    def plan_for(self, visual_tokens: int, text_tokens: int, images: int = 1, opening: int | None = None) -> Plan:
         """The plan of a prompt of this size; `plan` is that of a prompt with one image.
+
+        Args:
+            visual_tokens, text_tokens, images: of the prompt.
+            opening: visual tokens of still images and first frames (`Layout.opening`), None for all.
 
         Raises:
             BudgetError: if the budget does not fit this prompt.
         """
-        return self._planner.plan_for(visual_tokens, text_tokens, images)
+        return self._planner.plan_for(visual_tokens, text_tokens, images, opening)
 
     def remove(self) -> None:
         """Take every hook and probe off again. The model is exactly as before; calling it twice is harmless."""
@@ -224,8 +228,8 @@ class Session:
 
     def _plans(self, prompt: Prompt) -> list[Plan]:
         text = real_positions(prompt).sum(1).tolist() if self._planner.needs_text else prompt.counts
-        sizes = zip(prompt.counts, text, prompt.images, strict=True)
-        return [self._planner.plan_for(n, t - n, max(1, len(images))) for n, t, images in sizes]
+        sizes = zip(prompt.counts, text, prompt.images, prompt.opening, strict=True)
+        return [self._planner.plan_for(n, t - n, max(1, len(images)), fresh) for n, t, images, fresh in sizes]
 
     def _after_root(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         calls = self._calls

@@ -74,6 +74,11 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
             raise PlanError(f"{scorer.name} reads what enters the decoder; it cannot cut at {site}, use 'layer[k]'.")
         if scorer.reads_transitions and site.kind != "layer":
             raise PlanError(f"{scorer.name} reads what decoder layers do; it cannot cut at {site}, use 'layer[k]'.")
+        if scorer.reads_frames and site.kind == "vision":
+            raise PlanError(
+                f"{scorer.name} compares the frames of a film; it cannot cut at {site}, where each frame is alone. Use "
+                "'input' or 'layer[k]'."
+            )
         if site.kind == "restart" and not scorer.reads_attention:
             raise PlanError(
                 f"{scorer.name} reads no attention, so there is nothing to ask layer {site.index} at {site}; use "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtprune.cells import split_in_proportion
 from vtprune.errors import PlanError
+from vtprune.frames import FrameMap
 from vtprune.rules import SELECTIONS, Selection, require_scores, top_k_mask
 from vtprune.views import TokenView
 
@@ -27,7 +28,8 @@ class Strata(Selection):
     Without it all images of a sample compete for one budget (pooled); `by="image"` gives every image its share.
 
     Attributes:
-        by: what a part is: an image (or video), a grid (crop, tile, frame), or a window of a grid.
+        by: what a part is: an image (or video), a frame of a video (or a still image), a grid (crop, tile, the
+            patches of a frame), or a window of a grid.
         share: quotas in proportion to the tokens alive ("tokens", largest remainder) or to the mean score of each part
             ("score", negative means count as 0: `split_by_weight`). No part gets more than it has.
         rows, cols: windows down and across a grid, with `by="window"`.
@@ -38,17 +40,17 @@ class Strata(Selection):
     """
 
     name: ClassVar[str] = "strata"
-    summary: ClassVar[str] = "a quota for each image, crop or window"
+    summary: ClassVar[str] = "a quota for each image, frame, crop or window"
 
-    by: Literal["image", "grid", "window"] = "image"
+    by: Literal["image", "frame", "grid", "window"] = "image"
     share: Literal["tokens", "score"] = "tokens"
     rows: int = 4
     cols: int = 4
     within: str | None = None
 
     def __post_init__(self) -> None:
-        if self.by not in ("image", "grid", "window"):
-            raise PlanError(f"strata by must be 'image', 'grid' or 'window', got {self.by!r}.")
+        if self.by not in ("image", "frame", "grid", "window"):
+            raise PlanError(f"strata by must be 'image', 'frame', 'grid' or 'window', got {self.by!r}.")
         if self.share not in ("tokens", "score"):
             raise PlanError(f"strata share must be 'tokens' or 'score', got {self.share!r}.")
         for knob in ("rows", "cols"):
@@ -111,6 +113,8 @@ class Strata(Selection):
         device, width = view.grid.device, max((len(g) for g in view.grids), default=0)
         if not width:
             return torch.zeros_like(view.grid)
+        if self.by == "frame":
+            return FrameMap.of(view).frame
         if self.by == "grid":
             return view.grid.masked_fill(~view.valid, 0)
         if self.by == "image":

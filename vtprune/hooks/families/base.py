@@ -17,7 +17,7 @@ from vtprune.errors import InputError, UnsupportedModelError
 from vtprune.hooks.placeholders import Grids, deal_images
 from vtprune.hooks.units import Medium, Tower, Unit, raster
 from vtprune.hooks.windows import Blocks
-from vtprune.layout import ImageGrid, Layout
+from vtprune.layout import ImageGrid, Layout, opening
 from vtprune.registry import Registry
 
 __all__ = ["FAMILIES", "Family", "Grids", "Modality", "Parts", "Prompt", "family_of"]
@@ -88,6 +88,14 @@ class Prompt:
     images: tuple[tuple[Grids, ...], ...] = ()
     counts: tuple[int, ...] = ()
     blocks: Blocks | None = None
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """For each sample its tokens of still images and first frames: see `Geometry`."""
+        return tuple(
+            opening([i for i, grids in enumerate(images) for _ in grids], [g for grids in images for g in grids])
+            for images in self.images
+        )
 
     def layout(self, real: Tensor) -> Layout:
         """Which pixels each placeholder covers. `real` is [B, N], False at padding."""

@@ -132,7 +132,8 @@ class PruMergePlus(PruMerge):
 
     Paper: PruMerge+ of arXiv 2403.15388; everything not said here is as in `PruMerge`. Without a budget: with n
     outliers (1 if there are none) of V patches it also keeps those at 0, s, 2s, ... up to the last but one, in raster
-    order, s = floor(floor(V / n) / 3), at least 1: about three more for each outlier.
+    order, s = floor(floor(V / n) / 3), at least 1: about three more for each outlier. The paper finds about 5.5 % of
+    outliers in CLIP; where more than a sixth of the patches stand out, s is 1 and everything stays.
     With a budget of T, one of which is the sum: half of the others (rounded up) by attention, and the rest at an even
     stride among the patches that are left, as the code does where its ratio is fixed. A budget that happens to be
     what it would keep by itself keeps just that.

@@ -14,8 +14,11 @@ from torch import Tensor
 
 import vtprune
 from vtprune import EVS, Plan, Site, Stage, UniformFrames, VidCom2
+from vtprune.hooks.families.base import family_of
+from vtprune.tiny.exercises import exercise_questions
 
-FILMED = sorted(name for name, case in CASES.items() if case.videos)
+# the generic family takes a video for one image
+FILMED = sorted(name for name, case in CASES.items() if case.videos and family_of(case.config()).name != "generic")
 # families that differ in how frames reach the decoder: M-RoPE, a CLS token a frame, a newline behind the film
 DIFFER = ("qwen2_vl", "video_llava", "llava_onevision")
 every_family = pytest.mark.parametrize(
@@ -184,6 +187,14 @@ def test_frames_that_come_as_images_are_images() -> None:
 
 
 @torch.no_grad()
+def test_the_generic_family_knows_no_frames() -> None:
+    case = CASES["perception_lm"]
+    model, film = case.model(), case.batch(Row((("video", case.videos[0]),)))
+    with vtprune.prune(model, "evs", 0.5), pytest.raises(vtprune.BudgetError, match=r"at least 48\b.*all of this"):
+        model(**film)
+
+
+@torch.no_grad()
 def test_films_come_behind_another_method() -> None:
     case = CASES["qwen2_vl"]
     model, film = case.model(), case.batch(Row((("video", (5, 4, 6)),)))
@@ -197,3 +208,45 @@ def test_films_come_behind_another_method() -> None:
     with vtprune.prune(model, [VidCom2(), UniformFrames()], [0.8, 0.4]) as session:
         model(**film)
         assert len(session.report.kept[-1].indices[0]) == 12
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_films_are_answered_better_than_with_random_tokens() -> None:
+    """300 questions about generated films to the embedded model that was trained for them, at two moderate budgets."""
+    model, processor = vtprune.load_tiny("qwen2_vl_plus")
+    exercises = exercise_questions("films", "dev", 150, seed=11, per_image=2)
+    asked = [(frames, item) for frames, questions in exercises for item in questions]
+    batches = []
+    for start in range(0, len(asked), 25):
+        part = asked[start : start + 25]
+        content = [[{"type": "video"}, {"type": "text", "text": item.question}] for _, item in part]
+        texts = [
+            processor.apply_chat_template([{"role": "user", "content": c}], add_generation_prompt=True) for c in content
+        ]
+        inputs = processor(
+            text=texts, videos=[frames for frames, _ in part], padding=True, padding_side="left", return_tensors="pt"
+        )
+        batches.append((dict(inputs), [item.answer for _, item in part]))
+
+    def right() -> int:
+        number = 0
+        for inputs, answers in batches:
+            ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            said = processor.batch_decode(ids, skip_special_tokens=True)
+            number += sum(text.strip() == answer for text, answer in zip(said, answers, strict=True))
+        return number
+
+    def pruned(method: str) -> float:
+        number = 0
+        for keep in (0.5, 0.35):
+            with vtprune.prune(model, method, keep):
+                number += right()
+        return number / 600
+
+    assert len(asked) == 300
+    full, chance = right() / 300, (pruned("random") + pruned("random(seed=1)")) / 2
+    shares = {method: pruned(method) for method in ("evs", "vidcom2", "uniform-frames")}
+    assert chance + 0.03 < full, "random pruning costs nothing here, so that the test shows nothing"
+    assert all(share > chance + 0.01 for share in shares.values()), (full, chance, shares)
+    assert shares["evs"] > chance + 0.03, (full, chance, shares)

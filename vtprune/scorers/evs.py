@@ -38,7 +38,8 @@ class EVS(Scorer):
 
     What a budget can reach: no less than first frames and still images hold. Below, a BudgetError names that number.
     So a prompt of still images alone cannot be pruned: it is refused, and not thinned by some other rule under this
-    name. That includes families whose processors hand over the frames of a video as images (InternVL, Idefics3).
+    name. That includes families whose processors hand over the frames of a video as images (InternVL, Idefics3), and
+    the family `generic`, which takes a video for one image.
     "Frame" is what the model has a grid of tokens for: a pair of frames in Qwen2-VL and its kin.
     Positions: survivors keep theirs. Written from the formula; no engine's code was used.
     Cost: O(V D), and sorts of V numbers.

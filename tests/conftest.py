@@ -15,6 +15,9 @@ import torch
 # the models are so small that a second thread costs more than it computes, and pytest already runs two processes
 torch.set_num_threads(1)
 
+# run by `make test-vllm`, in an environment that has vLLM
+collect_ignore = ["serving"]
+
 _outcomes: family_table.Outcomes = {}
 # on a second attention backend these would take as long again; `-m slow` runs them there
 _ONE_BACKEND = ("test_embedded", "test_families", "test_family_towers", "test_tower_budgets", "test_windows")

@@ -18,6 +18,7 @@ __all__ = ["app", "main"]
 _LAZY = {
     "demo": ("vtprune.commands.demo", "demo_command", "Ask in a browser, unpruned beside pruned."),
     "eval": ("vtprune.eval.cli", "eval_command", "Accuracy against token budget on benchmark tasks."),
+    "serve": ("vtprune.commands.serve", "serve_command", "An OpenAI-compatible server that prunes, on vLLM."),
     "train": ("vtprune.commands.train", "train_command", "Train the predictor of a learned method."),
     "tune": ("vtprune.commands.tune", "tune_command", "Search for the plan that keeps the most under a limit."),
 }

@@ -9,7 +9,7 @@ Axes: U units (images, crops, frames), M rows of a unit, V cells still alive, c 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,11 +45,11 @@ class TowerCall:
         geometry: Geometry,
         tower: Tower,
         media: Sequence[Medium],
-        stages_of: Callable[[int], Sequence[Stage]],
+        plans: Sequence[Sequence[Stage]],
         *,
         want_scores: bool,
     ) -> None:
-        """`stages_of` gives the tower's stages for an image of so many tokens; they differ in counts only."""
+        """`plans` holds the tower's stages for each of `media`; they differ in counts only."""
         mixed = next((medium.mixed for medium in media if medium.mixed), "")
         if mixed:
             raise InputError(mixed)
@@ -57,7 +57,6 @@ class TowerCall:
         self._units = [unit for medium in media for unit in medium.units]
         self._last = -1 if geometry.vision is None else geometry.vision.feature_block
         self._has_cls = geometry.vision is not None and geometry.vision.has_cls
-        plans = [stages_of(medium.tokens) for medium in media]
         self._stages = {stage.site.index: (ordinal, stage) for ordinal, stage in enumerate(plans[0], start=1)}
         # survivors of each unit, by ordinal
         self._targets = {

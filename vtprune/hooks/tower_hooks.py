@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,13 +16,14 @@ from vtprune.hooks.planner import Planner
 from vtprune.hooks.probe import attach_probe
 from vtprune.hooks.tower import TowerCall
 from vtprune.hooks.tower_scores import TowerScores
-from vtprune.hooks.units import Tower
+from vtprune.hooks.units import Medium, Tower
 from vtprune.hooks.validate import check_counts, watched_blocks
 from vtprune.plan import Stage
 
 __all__ = ["TowerHooks"]
 
 Hook = Callable[[nn.Module, Callable[..., Any]], None]
+Heads = Callable[[Tensor], Tensor]
 
 
 class _Runs(threading.local):
@@ -38,28 +39,36 @@ class _Runs(threading.local):
 class TowerHooks:
     """Cuts the tower whenever the model encodes images, and counts what it costs."""
 
-    def __init__(self, family: Family, planner: Planner, *, record_scores: bool) -> None:
+    def __init__(self, family: Family, planner: Planner, *, record_scores: bool, heads: Heads | None = None) -> None:
+        """`heads` is called with the states of a block's attention, [B, H, M, d], where this process holds some of the
+        heads only, and brings all of them together."""
         self._family, self._planner, parts = family, planner, family.parts()
         if parts.tower is None:
             raise ValueError(f"family {family.name!r} opens no tower.")
         self._towers = {"image": parts.tower, "video": parts.video_tower or parts.tower}
         self._cuts = bool(planner.nominal.at("vision")) and not planner.inactive
-        self._record_scores = record_scores
+        self._record_scores, self._heads = record_scores, heads
         self._runs = _Runs()
 
     @contextlib.contextmanager
     def encoding(self, modality: Modality, arguments: Mapping[str, Any]) -> Iterator[None]:
         """Wraps the call that encodes the images (or videos) of `arguments`."""
-        runs, geometry = self._runs, self._planner.geometry
-        if runs.encoding:
+        if self._runs.encoding:
             # some hosts encode videos by way of their images
             yield
             return
         media = self._family.media(modality, arguments)
+        with self.cutting(modality, media, [self._stages(medium.tokens) for medium in media]):
+            yield
+
+    @contextlib.contextmanager
+    def cutting(self, modality: Modality, media: Sequence[Medium], stages: Sequence[Sequence[Stage]]) -> Iterator[None]:
+        """Wraps a run of the tower on `media`, each with the tower's stages as planned on it."""
+        runs, geometry = self._runs, self._planner.geometry
         tower = self._towers[modality.name]
         full = unpruned_tower(geometry, tower, media)
         if self._cuts and media:
-            runs.call = TowerCall(geometry, tower, media, self._stages, want_scores=self._record_scores)
+            runs.call = TowerCall(geometry, tower, media, stages, want_scores=self._record_scores)
         runs.encoding = True
         try:
             yield
@@ -116,7 +125,7 @@ class TowerHooks:
             post(tap, self._after_tap)
 
     def _attach_blocks(self, tower: Tower, pre: Hook, post: Hook, undo: list[Callable[[], object]]) -> None:
-        runs = self._runs
+        runs, heads = self._runs, self._heads
         for index, block in enumerate(tower.blocks):
             pre(block, self._on_block(index))
             if tower.packing == "padded":
@@ -129,7 +138,10 @@ class TowerHooks:
 
             def observe(*seen: Any, block: int = block, scorers: Any = scorers) -> None:
                 if runs.call is not None:
-                    runs.call.observe(block, scorers, *seen)
+                    states, rest = seen[:3], seen[3:]
+                    if heads is not None:
+                        states = tuple(heads(each) for each in states)
+                    runs.call.observe(block, scorers, *states, *rest)
 
             undo.append(attach_probe(self._family.attention(tower.blocks[block]), observe))
 

@@ -1,0 +1,134 @@
+"""vLLM with the plugin keeps the same tokens and gives the same greedy answers as transformers with vtprune."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEFAULT, MIXED, MIXED_METHODS, SWEEP, swept
+from engines import KINDS, Ask, answers, engine, kept_sets, switch, worker_model
+
+from vtprune.integrations.vllm import generic
+from vtprune.integrations.vllm.settings import served_methods
+
+# prefills in chunks of 16 tokens that cut through every picture, blocks so small that prompts share some
+_CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True, "block_size": 32}
+# and so few of them that requests are preempted
+_ENGINES: dict[str, dict[str, Any]] = {
+    "llava": {},
+    "qwen2_vl": {**_CHUNKS, "num_gpu_blocks_override": 10, "max_model_len": 288, "disable_log_stats": False},
+    "qwen2_5_vl": {},
+    "internvl": _CHUNKS,
+}
+Expected = dict[tuple[str, str, Ask], tuple[list[list[int]], list[int]]]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def running(request: Any, checkpoints: dict[str, Path], expected: Expected) -> Iterator[tuple[str, Any]]:
+    """(kind, an engine): one start for each, the settings are switched in place."""
+    kind = request.param
+    with engine(checkpoints[kind], "divprune", DEFAULT, **_ENGINES[kind]) as llm:
+        yield kind, llm
+
+
+def _tokens(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_the_settings_of_the_start_rule(running: tuple[str, Any], expected: Expected) -> None:
+    kind, llm = running
+    with kept_sets() as found:
+        outputs = answers(llm, kind, SWEEP)
+    assert sorted(found) == sorted(kept for ask in SWEEP for kept in expected[kind, "divprune", ask][0])
+    assert _tokens(outputs) == [expected[kind, "divprune", ask][1] for ask in SWEEP]
+
+
+def test_every_method_equals_transformers(running: tuple[str, Any], expected: Expected) -> None:
+    kind, llm = running
+    wrong = {}
+    for method in swept(kind):
+        switch(llm, method, DEFAULT)
+        with kept_sets() as found:
+            outputs = answers(llm, kind, SWEEP)
+        kept = sorted(found) == sorted(kept for ask in SWEEP for kept in expected[kind, method, ask][0])
+        said = _tokens(outputs) == [expected[kind, method, ask][1] for ask in SWEEP]
+        if not (kept and said):
+            wrong[method] = {"kept": kept, "answers": said}
+    assert wrong == {}
+    assert len(swept(kind)) >= 9
+
+
+@pytest.mark.parametrize("method", MIXED_METHODS)
+def test_mixed_requests_equal_transformers(running: tuple[str, Any], expected: Expected, method: str) -> None:
+    kind, llm = running
+    switch(llm, method, DEFAULT)
+    outputs = answers(llm, kind, MIXED)
+    want = [expected[kind, method, ask] for ask in MIXED]
+    assert _tokens(outputs) == [answer for _, answer in want]
+    assert len({tuple(answer) for _, answer in want}) > 3
+    # B placeholders of each picture stand in the prompt
+    picture = worker_model(llm).config.image_token_id
+    assert [list(o.prompt_token_ids).count(picture) for o in outputs] == [sum(map(len, kept)) for kept, _ in want]
+    # once more, from whatever has been cached
+    with kept_sets() as found:
+        again = answers(llm, kind, MIXED)
+    assert _tokens(again) == [answer for _, answer in want]
+    assert len(found) < len(MIXED)
+    if "block_size" in _ENGINES[kind]:
+        assert max(o.num_cached_tokens for o in again) >= 32
+
+
+def test_requests_that_were_preempted_equal_transformers(running: tuple[str, Any], expected: Expected) -> None:
+    kind, llm = running
+    if "num_gpu_blocks_override" not in _ENGINES[kind]:
+        pytest.skip("this engine has room for all requests")
+    switch(llm, "fastervlm", DEFAULT)
+    asks = [ask for ask in MIXED if ask.long] * 3
+    llm.reset_prefix_cache()
+    outputs = answers(llm, kind, asks, new=40)
+    assert [tokens[:6] for tokens in _tokens(outputs)] == [expected[kind, "fastervlm", ask][1] for ask in asks]
+    (count,) = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+    assert count > 0
+
+
+def test_another_choice_gives_other_answers(running: tuple[str, Any], expected: Expected) -> None:
+    """The control: what the other tests compare is not the same whatever is kept."""
+    kind, llm = running
+    switch(llm, "uniform", DEFAULT)
+    with kept_sets() as found:
+        outputs = answers(llm, kind, MIXED[:1])
+    assert found != expected[kind, "fastervlm", MIXED[0]][0]
+    rivals = [expected[kind, m, MIXED[0]][1] for m in swept(kind)]
+    assert len({tuple(answer) for answer in rivals}) > 1
+    assert _tokens(outputs) == [expected[kind, "uniform", MIXED[0]][1]]
+
+
+def test_wrong_positions_give_other_answers(
+    running: tuple[str, Any], expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: places of tokens matter under M-RoPE, so equal answers prove them."""
+    kind, llm = running
+    if not kind.startswith("qwen"):
+        pytest.skip("positions have one axis")
+    switch(llm, "fastervlm", DEFAULT)
+    monkeypatch.setattr(generic, "fill_positions", lambda positions, *_: positions)
+    llm.reset_prefix_cache()
+    outputs = answers(llm, kind, MIXED)
+    assert _tokens(outputs) != [expected[kind, "fastervlm", ask][1] for ask in MIXED]
+
+
+@pytest.mark.parametrize("keep", [0, -3, 1.5, "many", True, [8]])
+def test_wrong_budgets_are_refused(running: tuple[str, Any], keep: Any) -> None:
+    kind, llm = running
+    with pytest.raises(ValueError, match="vtprune_keep: keep must be an int >= 1") as caught:
+        answers(llm, kind, [Ask(((120, 200),), keep=keep)])
+    assert repr(keep) in str(caught.value)
+
+
+def test_refused_methods_say_why(running: tuple[str, Any]) -> None:
+    _, llm = running
+    reasons = served_methods(worker_model(llm).pruner.geometry)
+    assert "inside the decoder" in reasons["fastv"]
+    assert "reads the prompt" in reasons["cdpruner"]

@@ -1,0 +1,90 @@
+"""`vtprune serve`: vLLM's OpenAI-compatible server with the plugin."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from vtprune.errors import InputError, VtpruneError
+from vtprune.integrations.vllm import ARCHITECTURES, SUPPORTED
+from vtprune.integrations.vllm.embedded import export
+from vtprune.integrations.vllm.images import checked_geometry
+from vtprune.integrations.vllm.settings import Settings
+from vtprune.loading import load_config
+
+__all__ = ["serve_command", "server_flags"]
+
+
+def serve_command(
+    model: str = typer.Argument(..., help="A Hugging Face id or folder, or tiny:llava (embedded)."),
+    extra: list[str] | None = typer.Argument(None, help="More of vLLM's own flags, behind a --."),
+    method: str = typer.Option("visionzip", "--method", help="How tokens are chosen (docs/serving.md has the list)."),
+    keep: str = typer.Option("25%", "--keep", help="Of each image, unless a request says otherwise: 64, 25%, 1/4."),
+    name: str | None = typer.Option(None, "--name", help="What clients call the model; as it was given if not set."),
+    host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on."),
+    port: int = typer.Option(8000, "--port", min=1, max=65535, help="Port to listen on."),
+    images: int = typer.Option(4, "--images", min=1, help="Most images in a request."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16 or float16."),
+) -> None:
+    """Serve a model over HTTP; each request may set its own budget."""
+    settings = Settings.read({"method": method, "keep": keep})
+    # what cannot be served is said before vLLM is started
+    checked_geometry(load_config(model), settings)
+    if importlib.util.find_spec("vllm") is None:
+        raise VtpruneError(
+            f"vtprune serve needs vLLM {SUPPORTED}, which is not installed. In an environment of its own: pip install "
+            f"'vllm=={SUPPORTED}.*' vtprune (docs/serving.md has the steps for CPUs)."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        place = str(export(model, Path(folder))) if model.startswith("tiny:") else model
+        flags = server_flags(place, settings, name or model, host, port, images, dtype)
+        raise typer.Exit(_run([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *(extra or ())]))
+
+
+def server_flags(place: str, settings: Settings, name: str, host: str, port: int, images: int, dtype: str) -> list[str]:
+    """The flags of vLLM's server.
+
+    Args:
+        place: folder or hub id of the model.
+        settings: the plugin's.
+        name: of the model, for clients.
+        host, port: where to listen.
+        images: most images in a request.
+        dtype: of the weights.
+
+    Raises:
+        InputError: if vLLM knows no such dtype.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    overrides: dict[str, Any] = {
+        "architectures": list(ARCHITECTURES),
+        "vtprune": {"method": settings.method, "keep": settings.keep},
+    }
+    flags = {
+        "--model": place,
+        "--served-model-name": name,
+        "--host": host,
+        "--port": str(port),
+        "--dtype": dtype,
+        "--limit-mm-per-prompt": json.dumps({"image": images}),
+        "--hf-overrides": json.dumps(overrides),
+    }
+    # budgets of requests come in mm_processor_kwargs
+    return [*(part for pair in flags.items() for part in pair), "--trust-request-mm-kwargs"]
+
+
+def _run(command: list[str]) -> int:
+    """Run the server until it ends, or until this process is told to."""
+    server = subprocess.Popen(command)
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked, lambda number, _: server.send_signal(number))
+    return server.wait()

@@ -1,0 +1,1 @@
+"""vtprune inside programs that run models themselves; each is imported only by that program."""

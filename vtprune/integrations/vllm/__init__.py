@@ -36,7 +36,7 @@ def register() -> None:
     In another release the names are known too, so that choosing one says what is wrong; other models are not touched.
     """
     # only ever called by a vLLM that is running
-    from vllm import ModelRegistry, __version__  # pyright: ignore[reportMissingImports]
+    from vllm import ModelRegistry, __version__  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
     try:
         check_version(__version__)

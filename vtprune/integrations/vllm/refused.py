@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm import __version__  # pyright: ignore[reportMissingImports]
+from vllm import __version__  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
 from vtprune.integrations.vllm import check_version
 

@@ -22,6 +22,7 @@ from vtprune.errors import BudgetError, InputError, PlanError, UnknownNameError,
 from vtprune.hooks import geometry
 from vtprune.hooks.families.base import family_of
 from vtprune.integrations import vllm as plugin
+from vtprune.integrations.vllm.bench import Served, ratios
 from vtprune.integrations.vllm.embedded import widened
 from vtprune.integrations.vllm.images import ImagePruner, checked_geometry
 from vtprune.integrations.vllm.rope import Span, fill_positions, restored_prompt, with_cells, without_cells
@@ -298,3 +299,24 @@ def test_serve_says_what_to_install() -> None:
     result = CliRunner().invoke(app, ["serve", "tiny:llava"])
     assert result.exit_code == 2
     assert "needs vLLM 0.32" in " ".join(result.stderr.split())
+
+
+def test_ratios_are_to_the_full_row_of_the_same_concurrency() -> None:
+    rows = [Served(1.0, 1, 2.0, 100.0, 267), Served(16, 1, 3.0, 50.0, 27), Served(1.0, 8, 4.0, 800.0, 267)]
+    rows.append(Served(16, 8, 10.0, 200.0, 27))
+    assert [found[1:] for found in ratios(rows)] == [(1.0, 1.0), (1.5, 2.0), (1.0, 1.0), (2.5, 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--engine", "tgi"], "--engine must be hf or vllm, got 'tgi'"),
+        (["--engine", "vllm"], "measures one method"),
+        (["--engine", "vllm", "--methods", "uniform"], "'random:llama-0.3b' has none"),
+        (["--engine", "vllm", "--methods", "fastv", "--model", "tiny:llava"], "inside the decoder"),
+    ],
+)
+def test_bench_refuses_what_vllm_cannot_be_asked(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())

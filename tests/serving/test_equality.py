@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 from conftest import DEFAULT, MIXED, MIXED_METHODS, SWEEP, swept
-from engines import KINDS, Ask, answers, engine, kept_sets, switch, worker_model
+from engines import KINDS, Ask, answers, engine, kept_sets, picture, prompt, switch, worker_model
 
 from vtprune.integrations.vllm import generic
+from vtprune.integrations.vllm.bench import serve_rounds
 from vtprune.integrations.vllm.settings import served_methods
 
 # prefills in chunks of 16 tokens that cut through every picture, blocks so small that prompts share some
 _CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True, "block_size": 32}
 # and so few of them that requests are preempted
 _ENGINES: dict[str, dict[str, Any]] = {
-    "llava": {},
+    "llava": {"disable_log_stats": False},
     "qwen2_vl": {**_CHUNKS, "num_gpu_blocks_override": 10, "max_model_len": 288, "disable_log_stats": False},
     "qwen2_5_vl": {},
     "internvl": _CHUNKS,
@@ -98,11 +99,29 @@ def test_another_choice_gives_other_answers(running: tuple[str, Any], expected: 
     kind, llm = running
     switch(llm, "uniform", DEFAULT)
     with kept_sets() as found:
-        outputs = answers(llm, kind, MIXED[:1])
-    assert found != expected[kind, "fastervlm", MIXED[0]][0]
-    rivals = [expected[kind, m, MIXED[0]][1] for m in swept(kind)]
-    assert len({tuple(answer) for answer in rivals}) > 1
-    assert _tokens(outputs) == [expected[kind, "uniform", MIXED[0]][1]]
+        outputs = answers(llm, kind, SWEEP)
+    assert sorted(found) != sorted(kept for ask in SWEEP for kept in expected[kind, "fastervlm", ask][0])
+    assert _tokens(outputs) == [expected[kind, "uniform", ask][1] for ask in SWEEP]
+    assert any(_tokens(outputs) != [expected[kind, rival, ask][1] for ask in SWEEP] for rival in swept(kind))
+
+
+def test_the_benchmark_counts_what_enters(running: tuple[str, Any]) -> None:
+    from vllm import SamplingParams
+
+    kind, llm = running
+    if kind != "llava":
+        pytest.skip("tried on one engine")
+    switch(llm, "uniform", 1.0)
+
+    def request(number: int) -> dict[str, Any]:
+        ask = Ask(((100 + number, 120),))
+        return {"prompt": prompt(kind, ask), "multi_modal_data": {"image": picture(ask.sizes[0])}}
+
+    greedy = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    rows = list(serve_rounds(llm, request, (1.0, 16), (1, 4), rounds=1, sampling=greedy))
+    assert [(row.keep, row.concurrency) for row in rows] == [(1.0, 1), (16, 1), (1.0, 4), (16, 4)]
+    assert [row.prompt_tokens for row in rows] == [267, 27, 267, 27]
+    assert all(row.requests_per_s > 0 and 0 < row.first_token_ms < 1e5 for row in rows)
 
 
 def test_wrong_positions_give_other_answers(

@@ -42,6 +42,7 @@ def bench_command(
     table: Path | None = typer.Option(None, "--table", help="Write the table as Markdown."),
     plot: Path | None = typer.Option(None, "--plot", help="Draw speed-up against budget, and cost against length."),
     against: str = typer.Option("", "--against", help="Time also, if installed: kvpress, sparsevlm, angelslim."),
+    engine: str = typer.Option("hf", "--engine", help="hf, or vllm: requests per second and time to first token."),
 ) -> None:
     """Time prefill and decoding, and count memory, for every method and budget.
 
@@ -58,6 +59,9 @@ def bench_command(
     from vtprune.eval.keeps import parse_keeps
     from vtprune.loading import load_model
 
+    if engine != "hf":
+        _bench_engine(engine, model, methods, keeps, dtype, rounds, out)
+        return
     if plot is not None:
         require_matplotlib("--plot")
     if threads is not None:
@@ -79,11 +83,27 @@ def bench_command(
         )
     prompts = [_inputs(loaded, processor, config) for config in configs]
     extra = {"model": model, "dtype": str(loaded.dtype).removeprefix("torch."), "attention": attn or "default"}
-    # without the folder of the program: rows are shared between machines
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     _measure_and_print(
-        loaded, list(zip(configs, prompts, strict=True)), {**extra, "command": command}, out, table, plot
+        loaded, list(zip(configs, prompts, strict=True)), {**extra, "command": _command()}, out, table, plot
     )
+
+
+def _command() -> str:
+    # without the folder of the program: rows are shared between machines
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _bench_engine(engine: str, model: str, methods: str, keeps: str, dtype: str, rounds: int, out: Path | None) -> None:
+    from vtprune.commands.bench_vllm import bench_vllm
+    from vtprune.eval.keeps import parse_keeps
+
+    if engine != "vllm":
+        raise InputError(f"--engine must be hf or vllm, got {engine!r}.")
+    names = sweep_methods(methods)
+    if len(names) != 1:
+        raise InputError(f"--engine vllm measures one method, such as --methods visionzip, got {methods!r}.")
+    budgets = tuple(entry.value for entry in parse_keeps(keeps) if entry.value is not None)
+    bench_vllm(model, names[0], budgets, dtype, rounds, out, _command())
 
 
 def _inputs(model: Any, processor: Any, config: BenchConfig) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""`vtprune bench --engine vllm`: what pruning gives a server."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vtprune.bench.provenance import provenance
+from vtprune.commands.show import console
+from vtprune.errors import InputError, VtpruneError
+from vtprune.integrations.vllm import ARCHITECTURES, SUPPORTED
+from vtprune.integrations.vllm.bench import Served, ratios, serve_rounds
+from vtprune.integrations.vllm.embedded import export
+from vtprune.integrations.vllm.images import checked_geometry
+from vtprune.integrations.vllm.settings import Settings
+from vtprune.loading import load_config
+
+__all__ = ["bench_vllm"]
+
+_ANSWER = 16  # tokens
+
+
+def bench_vllm(
+    model: str, method: str, keeps: tuple[int | float, ...], dtype: str, rounds: int, out: Path | None, command: str
+) -> None:
+    """Measure requests per second and time to first token at concurrency 1 and 8, and print them.
+
+    Args:
+        model: with a processor: an embedded one, a folder or a hub id.
+        method: one that vLLM serves.
+        keeps: budgets of an image, beside all tokens.
+        dtype: of the weights.
+        rounds: measured rounds of each way.
+        out: file for a JSON line a way.
+        command: what the user typed.
+
+    Raises:
+        InputError: if the model cannot be asked.
+        VtpruneError: if vLLM is not installed.
+    """
+    if model.startswith("random:"):
+        raise InputError(f"vLLM asks models that have a processor, and {model!r} has none. Try --model tiny:llava.")
+    settings = Settings.read({"method": method, "keep": 1.0})
+    checked_geometry(load_config(model), settings)
+    if importlib.util.find_spec("vllm") is None:
+        raise VtpruneError(f"--engine vllm needs vLLM {SUPPORTED}, which is not installed (docs/serving.md).")
+    with tempfile.TemporaryDirectory() as folder:
+        place = str(export(model, Path(folder))) if model.startswith("tiny:") else model
+        rows = _measure(place, settings, keeps, dtype, rounds)
+    _print(rows)
+    if out is not None:
+        import torch
+
+        head = {"model": model, "method": method, "engine": "vllm", "command": command}
+        head |= provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({**dataclasses.asdict(row), **head}) for row in rows]
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        console().print(f"written to {out}", markup=False, soft_wrap=True)
+
+
+def _measure(place: str, settings: Settings, keeps: tuple[int | float, ...], dtype: str, rounds: int) -> list[Served]:
+    from transformers import AutoProcessor
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+    from vtprune.images import load_example
+    from vtprune.prompt import Question, chat_text
+
+    llm = LLM(
+        model=place,
+        dtype=dtype,
+        max_num_seqs=8,
+        limit_mm_per_prompt={"image": 1},
+        disable_log_stats=False,
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=0,
+        hf_overrides={
+            "architectures": list(ARCHITECTURES),
+            "vtprune": {"method": settings.method, "keep": settings.keep},
+        },
+    )
+    picture, question = load_example()
+    text = chat_text(AutoProcessor.from_pretrained(place), Question(question, (picture,)))
+
+    def request(number: int) -> dict[str, Any]:
+        other = picture.copy()
+        other.putpixel((0, 0), (number % 256, number // 256 % 256, 0))
+        return {"prompt": text, "multi_modal_data": {"image": other}}
+
+    sampling = SamplingParams(temperature=0, max_tokens=_ANSWER, ignore_eos=True)
+    budgets = (1.0, *(keep for keep in keeps if keep != 1.0 or isinstance(keep, int)))
+    with console().status("vLLM") as status:
+        return list(serve_rounds(llm, request, budgets, (1, 8), rounds=rounds, sampling=sampling, tell=status.update))
+
+
+def _print(rows: list[Served]) -> None:
+    from rich.table import Table
+
+    from vtprune.bench.table import keep_text
+
+    table = Table("at a time", "keep", "prompt tokens", "requests/s", "x full", "first token ms", "x sooner")
+    for row, faster, sooner in ratios(rows):
+        table.add_row(
+            str(row.concurrency),
+            keep_text(row.keep),
+            str(row.prompt_tokens),
+            f"{row.requests_per_s:.4g}",
+            f"{faster:.2f}",
+            f"{row.first_token_ms:.4g}",
+            f"{sooner:.2f}",
+        )
+    console().print(table)

@@ -64,7 +64,7 @@ test-oldest: $(STAMP)
 # the tool that builds vtprune is on the frozen list too
 $(VLLM_STAMP): pyproject.toml tests/serving/requirements.txt tests/serving/torchvision_beside_cpu.py
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/serving/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r tests/serving/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	site=$$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") && \
 		cp tests/serving/torchvision_beside_cpu.py $$site && echo "import torchvision_beside_cpu" >$$site/torchvision_beside_cpu.pth

@@ -30,7 +30,19 @@ from vtprune.integrations.vllm.settings import Settings, kept_of_image, served_m
 from vtprune.specs import parse_method
 
 KINDS = ("llava", "qwen2_vl", "qwen2_5_vl", "internvl")
-SERVED = ("divprune", "fastervlm", "holov", "pool", "random", "uniform", "visionzip", "vispruner")
+SERVED = (
+    "divprune",
+    "fastervlm",
+    "hiprune",
+    "holov",
+    "pool",
+    "prumerge",
+    "prumerge-plus",
+    "random",
+    "scope",
+    "uniform",
+)
+SERVED += ("visionzip", "vispruner")
 
 
 class _Registry:
@@ -111,6 +123,7 @@ def test_methods_are_served_by_what_they_need(kind: str) -> None:
         assert "inside the decoder" in reasons[name]
     assert "reads the prompt" in reasons["cdpruner"]
     assert "decides itself" in reasons["dyvte"]
+    assert "frames of a film" in reasons["vidcom2"]
     # cuts in the tower alone on LLaVA, and in the decoder too where images have many tokens
     assert reasons["flowcut"] == "" if kind in ("llava", "internvl") else "text_cut=False" in reasons["flowcut"]
 
@@ -178,7 +191,7 @@ def test_images_encoded_together_equal_each_alone_under_prune(kind: str, method:
             model(**alone)
             assert index.tolist() == session.report.kept[-1].indices[0].tolist()
         assert got.shape == (kept[i], full[i].shape[-1])
-        if method not in ("pool", "visionzip", "flowcut(text_cut=False)"):
+        if method not in ("pool", "prumerge", "prumerge-plus", "visionzip", "flowcut(text_cut=False)"):
             torch.testing.assert_close(got, full[i][index], atol=1e-5, rtol=1e-5)
 
 

@@ -100,6 +100,8 @@ def check_served(method: Scorer, geometry: Geometry) -> None:
             )
         if scorer.reads_text or scorer.reads_input or scorer.queries in ("last", "instruction"):
             raise PlanError(f"{method.name} reads the prompt, and vLLM encodes and caches an image without one.")
+        if scorer.reads_frames:
+            raise PlanError(f"{method.name} compares the frames of a film, and the vLLM plugin serves still images.")
     if plan.stages[-1].adaptive:
         raise PlanError(f"{method.name} decides itself how many tokens stay; vLLM must know before the image is seen.")
     if geometry.deepstack:

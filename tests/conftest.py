@@ -29,7 +29,7 @@ _ANY = ("test_equals_masked_oracle[", "test_knows_no_batch_mates[")
 _LEARNED = ("-atp]", "-relevance]")
 # methods whose rules have tests of their own: one of them on one embedded model, and one backend elsewhere
 _REST = ("cdpruner", "dart", "fastervlm", "hiprune", "holov", "prumerge", "pyramiddrop", "scope", "sparsevlm")
-_REST += ("spatten", "vispruner", "visionzip")
+_REST += ("spatten", "tome", "vispruner", "visionzip")
 _REST += ("evs", "uniform-frames", "vidcom2")
 _DIFFER = ("[llava-", "[llava]", "[qwen2_vl", "[qwen3_vl", "[gemma3", "[idefics2")
 

@@ -18,7 +18,7 @@ SWEEP = yaml.safe_load((ROOT / "benchmarks" / "leaderboard.yaml").read_text(enco
 MODELS = SWEEP["model"]
 # registered since the sweep was run; take them out of here when it is run again
 SINCE = {"cdpruner", "dart", "fastervlm", "holov", "prumerge", "prumerge-plus", "pyramiddrop", "sparsevlm"}
-SINCE |= {"vispruner", "visionzip", "hiprune", "scope", "spatten"}
+SINCE |= {"vispruner", "visionzip", "hiprune", "scope", "spatten", "tome"}
 SINCE |= {"evs", "uniform-frames", "vidcom2"}
 
 

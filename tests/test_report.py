@@ -79,7 +79,7 @@ def test_report_reads_well_and_is_json() -> None:
 def test_methods_and_families_are_listed_with_one_line() -> None:
     baselines, published = {"random", "uniform", "pool"}, {"fastv", "divprune", "gemfilter", "transprune"}
     published |= {"fastervlm", "vispruner", "visionzip", "cdpruner", "pyramiddrop", "holov", "dart", "sparsevlm"}
-    published |= {"prumerge", "prumerge-plus", "hiprune", "scope", "spatten"}
+    published |= {"prumerge", "prumerge-plus", "hiprune", "scope", "spatten", "tome"}
     baselines, published = baselines | {"uniform-frames"}, published | {"evs", "vidcom2"}
     assert set(vtprune.methods()) == baselines | published | {"flowcut", "flowcut-text", "atp", "dyvte", "relevance"}
     for summary in (*vtprune.methods().values(), *(info.summary for info in vtprune.families().values())):

@@ -104,6 +104,11 @@ class Scorer:
         return False
 
     @property
+    def weighs_sizes(self) -> bool:
+        """Blocks of a tower behind its first cut weigh keys by how many tokens were merged into them."""
+        return False
+
+    @property
     def reads_transitions(self) -> bool:
         """`observe_transition` is called."""
         return False

@@ -13,15 +13,16 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 __all__ = ["Observer", "attach_probe"]
 
-Observer = Callable[[Tensor, Tensor, Tensor, float, float | None], None]
+Observer = Callable[[Tensor, Tensor, Tensor, float, float | None], Tensor | None]
 """Called with query [B, H, M, d], key [B, Hkv, N, d], value [B, Hkv, N, d] (after RoPE and cache), the scaling, and the
-soft cap of the logits or None."""
+soft cap of the logits or None. Returns what shall be added to the logits, [B, 1, 1, N], or None."""
 
 _NAME = "vtprune_probe"
 _probes: weakref.WeakKeyDictionary[nn.Module, tuple[Observer, Any]] = weakref.WeakKeyDictionary()
@@ -33,7 +34,9 @@ def _probed_attention(
     observer, theirs = _probes[module]
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    observer(query, key, value, scaling, kwargs.get("softcap"))
+    bias = observer(query, key, value, scaling, kwargs.get("softcap"))
+    if bias is not None:
+        attention_mask = _with_bias(attention_mask, bias)
     base = theirs._attn_implementation
     # eager functions live in each modeling file and are passed to HF's lookup as its default
     default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -43,6 +46,13 @@ def _probed_attention(
     stand_in = copy.copy(module)
     stand_in.config = theirs
     return function(stand_in, query, key, value, attention_mask, **kwargs)
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """The mask of the sdpa or eager backend, boolean, added or None, and `bias` in one."""
+    if mask is None:
+        return bias
+    return bias.where(mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else mask + bias
 
 
 def attach_probe(module: nn.Module, observer: Observer) -> Callable[[], None]:

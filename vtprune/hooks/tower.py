@@ -24,6 +24,7 @@ from vtprune.errors import BudgetError, HostContractError, InputError
 from vtprune.hooks.alive import Alive, Cut, make_cut, merge_states, observe_all
 from vtprune.hooks.call import check_per_token
 from vtprune.hooks.departures import Departures
+from vtprune.hooks.key_bias import KeyBias
 from vtprune.hooks.tower_rows import TowerRows
 from vtprune.hooks.tower_scores import StageScores, TowerScores
 from vtprune.hooks.units import Medium, Tower
@@ -68,6 +69,8 @@ class TowerCall:
         self._departures = Departures(self._units, torch.device("cpu"))
         self.scores = TowerScores(self._departures.total) if want_scores else None
         self._mask: Any = None
+        self._bias = KeyBias()
+        self._weighs = False
         self._laid_out: tuple[int, ...] = ()
         self._read: list[tuple[Tensor, Tensor, Tensor]] = []
         # what was executed: rows and query-key products of each block, rows of the projector and its copies
@@ -149,6 +152,9 @@ class TowerCall:
         if cut.merge is not None:
             hidden = rows.merge(cells, hidden, cut.merge)
         hidden = rows.keep(self._cells, hidden)
+        self._weighs = self._weighs or stage.scorer.weighs_sizes
+        if self._weighs:
+            self._bias.set(rows, self._cells)
         real = rows.real()
         if real is not None and self._tower.packing == "padded":
             config: Any = self._tower.module.config
@@ -166,17 +172,18 @@ class TowerCall:
         value: Tensor,
         scaling: float,
         softcap: float | None,
-    ) -> None:
-        """Show a block's attention (see `Observer`) to the scorers that asked for it."""
+    ) -> Tensor | None:
+        """Show a block's attention (see `Observer`) to the scorers that asked for it; what is added to its logits."""
         rows = self._rows
         if rows is None:
-            return
+            return None
         self._follow(query)
+        bias = self._bias.of(key, sum(part[0].shape[2] for part in self._read))
         if self._tower.packing != "padded":
             # backends without variable lengths are called once a segment
             self._read.append((query, key, value))
             if sum(part[0].shape[2] for part in self._read) < rows.total:
-                return
+                return bias
             query, key, value = (rows.spread(torch.cat(parts, 2)) for parts in zip(*self._read, strict=True))
             self._read.clear()
         real = rows.real()
@@ -201,6 +208,7 @@ class TowerCall:
             every_query=query,
         )
         observe_all(scorers, view, self._cells, rows.cell)
+        return bias
 
     # after the blocks
 

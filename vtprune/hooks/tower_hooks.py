@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vtprune.errors import BudgetError
 from vtprune.hooks.accounting import unpruned_tower
 from vtprune.hooks.families.base import Family, Modality, Prompt
+from vtprune.hooks.key_bias import weighed_blocks
 from vtprune.hooks.planner import Planner
 from vtprune.hooks.probe import attach_probe
 from vtprune.hooks.tower import TowerCall
@@ -47,6 +48,9 @@ class TowerHooks:
             raise ValueError(f"family {family.name!r} opens no tower.")
         self._towers = {"image": parts.tower, "video": parts.video_tower or parts.tower}
         self._cuts = bool(planner.nominal.at("vision")) and not planner.inactive
+        vision, config = planner.geometry.vision, parts.tower.module.config
+        last = -1 if vision is None or not self._cuts else vision.feature_block
+        self._weighed = weighed_blocks(planner.nominal, last, config)
         self._record_scores, self._heads = record_scores, heads
         self._runs = _Runs()
 
@@ -134,13 +138,15 @@ class TowerHooks:
             post(tower.module, self._after_tower)
         else:
             post(tower.blocks[-1], self._after_block(len(tower.blocks) - 1))
-        for block, scorers in watched_blocks(self._planner.nominal, "vision").items():
+        watched: dict[int, Any] = {block: [] for block in self._weighed}
+        for block, scorers in (watched | watched_blocks(self._planner.nominal, "vision")).items():
 
-            def observe(*seen: Any, block: int = block, scorers: Any = scorers) -> None:
-                if runs.call is not None:
-                    if heads is not None:
-                        seen = (*map(heads, seen[:3]), *seen[3:])
-                    runs.call.observe(block, scorers, *seen)
+            def observe(*seen: Any, block: int = block, scorers: Any = scorers) -> Tensor | None:
+                if runs.call is None:
+                    return None
+                if heads is not None:
+                    seen = (*map(heads, seen[:3]), *seen[3:])
+                return runs.call.observe(block, scorers, *seen)
 
             undo.append(attach_probe(self._family.attention(tower.blocks[block]), observe))
 

@@ -45,9 +45,14 @@ class TowerRows:
         self._ready: dict[int, tuple[Any, Any]] = {}
 
     @property
+    def packed(self) -> bool:
+        """All units lie in one sequence."""
+        return self._packing != "padded"
+
+    @property
     def total(self) -> int:
         """Rows that a block runs on, padding included."""
-        return sum(self.rows.counts) if self._packed else len(self._whole) * max(self.rows.counts)
+        return sum(self.rows.counts) if self.packed else len(self._whole) * max(self.rows.counts)
 
     def to(self, device: torch.device) -> None:
         """Move to another device."""
@@ -120,18 +125,18 @@ class TowerRows:
         self.rows, index = self.rows.keep(kept, counts)
         self.pruned = True
         self._ready.clear()
-        if not self._packed:
+        if not self.packed:
             return keep_tokens([hidden], index)[0]
         left = (index + starts)[self.rows.valid]
         return hidden.reshape(-1, hidden.shape[-1])[left].view(*hidden.shape[:-2], -1, hidden.shape[-1])
 
     def full(self, hidden: Tensor) -> Tensor:
         """States of the rows that are left -> of all rows the tower began with, zeros where one left."""
-        source = hidden if self._packed else hidden[self.rows.valid]
-        length = sum(self._whole) if self._packed else len(self._whole) * max(self._whole)
+        source = hidden if self.packed else hidden[self.rows.valid]
+        length = sum(self._whole) if self.packed else len(self._whole) * max(self._whole)
         flat = hidden.new_zeros(length, hidden.shape[-1])
         flat = flat.index_copy(0, self._first(), source.reshape(-1, hidden.shape[-1]))
-        lead = hidden.shape[:-2] if self._packed else (len(self._whole),)
+        lead = hidden.shape[:-2] if self.packed else (len(self._whole),)
         return flat.view(*lead, -1, hidden.shape[-1])
 
     # what attention gets
@@ -146,7 +151,7 @@ class TowerRows:
 
     def spread(self, states: Tensor) -> Tensor:
         """Queries, keys or values as the tower has them -> [U, H, M, d]."""
-        if not self._packed or len(self._whole) == 1:
+        if not self.packed or len(self._whole) == 1:
             return states
         index = self._starts(self.rows.counts) + torch.arange(max(self.rows.counts), device=states.device)
         return states[0][:, index.clamp(max=states.shape[2] - 1)].transpose(0, 1)
@@ -157,7 +162,7 @@ class TowerRows:
         Raises:
             HostContractError: if nothing says where the units of one sequence end.
         """
-        if not self._packed:
+        if not self.packed:
             return rest, named
         changed = dict(named)
         for name, value in named.items():
@@ -182,7 +187,7 @@ class TowerRows:
 
     def pairs(self, named: dict[str, Any]) -> int:
         """Products of a query and a key that a block computes, from its arguments as they now are."""
-        if not self._packed:
+        if not self.packed:
             return len(self._whole) * max(self.rows.counts) ** 2
         bounds = next((named[name] for name in _BOUNDS if named.get(name) is not None), None)
         if bounds is None:
@@ -191,10 +196,6 @@ class TowerRows:
 
     # helpers
 
-    @property
-    def _packed(self) -> bool:
-        return self._packing != "padded"
-
     def _seats_of(self, cells: Alive) -> Tensor:
         index = cells.original[..., None].expand(-1, -1, self.cell)
         return self._seats.gather(1, index).flatten(1)
@@ -202,7 +203,7 @@ class TowerRows:
     def _starts(self, lengths: list[int]) -> Tensor:
         """[U, 1] where each unit begins in flattened states of that many rows a unit."""
         device = self.rows.original.device
-        if not self._packed:
+        if not self.packed:
             return torch.arange(len(lengths), device=device)[:, None] * max(lengths)
         each = torch.tensor(lengths, device=device)
         return (each.cumsum(0) - each)[:, None]

@@ -30,8 +30,8 @@ def weighed_blocks(plan: Plan, last: int, config: Any) -> range:
         names = sorted({s.scorer.name for s in plan.at("vision") if s.scorer.weighs_sizes})
         raise UnsupportedModelError(
             f"{', '.join(names)} weighs the keys of the vision tower by how many tokens they stand for, which "
-            f"attention {backend!r} cannot do. Load the model with attn_implementation set to {' or '.join(_BACKENDS)}, or set "
-            "proportional=False."
+            f"attention {backend!r} cannot do. Load the model with attn_implementation set to "
+            f"{' or '.join(_BACKENDS)}, or set proportional=False."
         )
     return blocks
 

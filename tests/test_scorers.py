@@ -114,7 +114,7 @@ def test_scores_are_finite_and_ties_go_to_the_earlier_token(name: str) -> None:
     if name in ("random", "uniform", "uniform-frames", "pool", "atp", "prumerge-plus"):
         return
     # a convolution sees where the sequence ends; pairs are of even and odd places; crops and frames have quotas
-    if name in ("relevance", "vispruner", "holov", "vidcom2"):
+    if name in ("relevance", "vispruner", "holov", "tome", "vidcom2"):
         return
     flat = {key: torch.ones_like(signal) for key, signal in view.memory.items()}
     same = dataclasses.replace(view, hidden=torch.ones_like(view.hidden), memory=flat)

@@ -213,6 +213,8 @@ def test_frames_get_quotas_worked_by_hand() -> None:
     assert frame_quotas(12, [4, 4, 4], [0.9, 0.8, 0.1], 0.01) == [4, 4, 4]
     # each gets one while there are enough, and then the most unusual
     assert frame_quotas(4, [9, 9, 9, 9], [0.4, 0.3, 0.2, 0.1], 0.01) == [1, 1, 1, 1]
+    # 5 (1/28, 27/28) is 0.2 and 4.8: a frame of which little is left keeps its one
+    assert frame_quotas(5, [2, 18], [0.9, 0.1], 0.01) == [1, 4]
     assert frame_quotas(2, [9, 9, 9, 9], [0.4, 0.3, 0.2, 0.1], 0.1) == [0, 0, 1, 1]
     assert frame_quotas(0, [3, 3], [0.4, 0.3], 0.01) == [0, 0]
 

@@ -8,6 +8,8 @@ import math
 
 import pytest
 import torch
+from family_models import CASES
+from family_models import Row as Media
 from models import IMAGE, LAYERS, Row, batch, llava
 from oracle import hidden_keys, masked, renumbered
 from scorer_views import LLAVA
@@ -129,6 +131,28 @@ def test_the_cascade_equals_the_rule(keep: float) -> None:
     assert [len(record.indices[0]) for record in report.kept] == sorted(
         (len(record.indices[0]) for record in report.kept), reverse=True
     )
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "mistral3"])
+@torch.no_grad()
+def test_windows_blocks_and_rotary_axes_count_as_the_host_attends(name: str) -> None:
+    """Against the maps that the host itself gives, which knows its windows and two-way blocks."""
+    case = CASES[name]
+    rows = (Media((("image", case.sizes[0]),), 3, 5, 0), Media((("image", case.sizes[1]),), 1, 4, 1))
+    model, inputs = case.model("eager"), case.batch(*rows)
+    depth = vtprune.geometry(case.config()).layers
+    maps = model(**inputs, output_attentions=True).attentions[: depth - 1]
+    plan = vtprune.Plan((vtprune.Stage(vtprune.Site("layer", depth - 1), SpAtten(), 0.5),))
+    with vtprune.prune(model, plan, record_scores=True) as session:
+        model(**inputs)
+        scores = session.report.kept[0].scores
+    assert scores is not None
+    asks = inputs["attention_mask"].float()[:, None, :, None]
+    # the score is a mean over heads
+    want = sum((layer.mean(1) * asks[:, 0]).sum(1) for layer in maps)
+    for b in range(2):
+        visual = case.visual(inputs["input_ids"])[b]
+        torch.testing.assert_close(scores[b], want[b][visual], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ SERVED = (
     "scope",
     "uniform",
 )
-SERVED += ("visionzip", "vispruner")
+SERVED += ("tome", "visionzip", "vispruner")
 
 
 class _Registry:
@@ -191,7 +191,7 @@ def test_images_encoded_together_equal_each_alone_under_prune(kind: str, method:
             model(**alone)
             assert index.tolist() == session.report.kept[-1].indices[0].tolist()
         assert got.shape == (kept[i], full[i].shape[-1])
-        if method not in ("pool", "prumerge", "prumerge-plus", "visionzip", "flowcut(text_cut=False)"):
+        if method not in ("pool", "prumerge", "prumerge-plus", "tome", "visionzip", "flowcut(text_cut=False)"):
             torch.testing.assert_close(got, full[i][index], atol=1e-5, rtol=1e-5)
 
 

@@ -84,10 +84,10 @@ def test_ranks_are_those_of_the_part() -> None:
 
 
 def test_strata_by_frame_gives_cls_and_patches_one_quota() -> None:
-    view = token_view([FILMS[3]], [6])
-    scores = torch.arange(15.0)[None]
-    mask = Strata(by="frame").select(view, scores)[0]
-    assert mask.nonzero()[:, 0].tolist() == [3, 4, 8, 9, 13, 14]
+    view = token_view([FILMS[3]], [3])
+    # CLS scores best, and would have no share of its own
+    mask = Strata(by="frame").select(view, -torch.arange(15.0)[None])[0]
+    assert mask.nonzero()[:, 0].tolist() == [0, 5, 10]
 
 
 # EVS

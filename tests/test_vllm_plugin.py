@@ -152,7 +152,7 @@ def _cases() -> list[Any]:
     """Every method on every kind; by default all on one, and some on the others."""
     every = [(kind, method) for kind in KINDS for method in (*SERVED, "flowcut(text_cut=False)")]
     short = {(kind, method) for kind in ("qwen2_5_vl", "internvl") for method in ("divprune", "visionzip")}
-    fast = {case for case in every if case[0] == "llava"} | short
+    fast = {case for case in every if case[0] == "llava"} | short | {("internvl", "uniform")}
     return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in every]
 
 

@@ -206,17 +206,13 @@ def _place(line: Mapping) -> tuple[int, float]:
 def _cell(loss: Mapping | None) -> str:
     if loss is None:
         return "-"
-    star = "*" if _beyond_noise(loss["lost"]) else ""
+    star = "*" if Interval(**loss["lost"]).excludes_zero else ""
     return f"{100 * loss['lost']['value']:+.0f}{star}{' (-)' if _behind(loss) else ''}"
 
 
 def _behind(loss: Mapping) -> bool:
     """Beyond noise worse than `random` with as many FLOPs."""
     return loss["beyond"] is not None and loss["beyond"]["high"] < 0
-
-
-def _beyond_noise(interval: Mapping) -> bool:
-    return interval["low"] > 0 or interval["high"] < 0
 
 
 def weak_points(found: Sequence[Mapping]) -> str:

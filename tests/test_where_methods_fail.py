@@ -67,6 +67,25 @@ def test_losses_by_group_over_two_models() -> None:
     assert (line.groups["all"].lost.low, line.groups["all"].lost.high) == (-0.75, 0.0)
 
 
+def test_a_method_that_answers_one_task_of_two_has_no_sum() -> None:
+    one = sweep([1.0, 0.0, 1.0, 1.0], [1.0] * 4)
+    one.rows[0].tasks = {"t": None, "other": None}  # type: ignore[dict-item]
+    one.rows[2].tasks = {"t": None}  # type: ignore[dict-item]
+    one.samples["unpruned", 1.0, "other"] = one.samples["unpruned", 1.0, "t"]
+    (line,) = script.lines([one], lambda asked: asked.kind)
+    assert {name: loss.accuracy for name, loss in line.groups.items()} == {"color": 0.5, "count": 1.0}
+
+
+def test_a_budget_must_be_reached_on_every_model() -> None:
+    two = [sweep([1.0] * 4, [1.0] * 4), sweep([0.0] * 4, [1.0] * 4)]
+    for each in two:
+        each.rows[1].status, each.rows[1].flops_share, each.rows[1].tasks = "ok", 0.6, each.rows[0].tasks
+        each.samples["some", 0.5, "t"] = each.samples["unpruned", 1.0, "t"]
+    two[1].rows[2].status = "not possible"
+    (line,) = script.lines(two, lambda asked: asked.kind)
+    assert (line.keep, line.flops, line.groups["all"].accuracy) == ("1/2", 0.6, 1.0)
+
+
 def test_a_reference_may_be_a_row_of_the_sweep() -> None:
     one = sweep([1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0])
     some = one.rows[2]

@@ -18,7 +18,7 @@ from test_pyramids import watching
 import vtprune
 from vtprune.budget import Budget
 from vtprune.errors import BudgetError, PlanError
-from vtprune.scorers import spatten
+from vtprune.scorers import tower_end
 from vtprune.scorers.spatten import SpAtten
 from vtprune.views import AttentionView
 
@@ -60,10 +60,10 @@ def test_four_tokens_by_hand() -> None:
 def test_rows_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = SpAtten().observe(four_tokens(), {})["importance"]
     read = []
-    rows = spatten.attention_rows
-    monkeypatch.setattr(spatten, "_BLOCK", 12)
+    rows = tower_end.attention_rows
+    monkeypatch.setattr(tower_end, "_BLOCK", 12)
     monkeypatch.setattr(
-        spatten, "attention_rows", lambda query, *a, **k: read.append(query.shape[2]) or rows(query, *a, **k)
+        tower_end, "attention_rows", lambda query, *a, **k: read.append(query.shape[2]) or rows(query, *a, **k)
     )
     assert torch.equal(SpAtten().observe(four_tokens(), {})["importance"], whole)
     assert read == [3, 1]

@@ -359,3 +359,14 @@ def test_assign_follows_select() -> None:
     kept = ToMe().select(view)
     assert kept[0].tolist() == [True, False, True, False]
     assert ToMe().assign(view, kept)[0].tolist() == [0, 2, 2, 2]
+
+
+@torch.no_grad()
+def test_a_cut_looks_for_pairs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who stays and who owns whom come out of one search."""
+    found = []
+    monkeypatch.setattr("vtprune.scorers.tome.match_pairs", lambda *a: found.append(match_pairs(*a)) or found[-1])
+    model = llava()
+    with vtprune.prune(model, ToMe(where="end"), keep=10) as session:
+        model(**batch(Row(1)))
+    assert len(session.plan.stages) == len(found) == 1

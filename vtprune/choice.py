@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vtprune.contract import Scorer
 from vtprune.errors import PlanError
 from vtprune.plan import Stage
-from vtprune.rules import Merge, Remainder, Selection, top_k_mask
+from vtprune.rules import Merge, Selection, top_k_mask
 from vtprune.views import TokenView
 
 __all__ = ["Choice", "choose"]
@@ -53,10 +54,7 @@ def choose(stage: Stage, view: TokenView, keep: Sequence[int]) -> Choice:
         decided = scorer.count(view) if selection is None or not selection.adaptive else selection.count(view, scores)
         decided = decided.to(view.keep).maximum(view.keep).minimum(view.valid.sum(1))
         view, counts = dataclasses.replace(view, keep=decided), decided.tolist()
-    fewer = view if remainder is None else dataclasses.replace(view, keep=view.keep - remainder.places(view))
-    kept = _select(stage, selection, fewer, scores)
-    merge = _merge(stage, remainder, view, kept, scores)
-    kept = kept if merge is None else merge.kept
+    kept, merge = _divide(stage, view, scores)
     # the best by score are as many as asked by construction; every other rule is checked
     if selection is not None or merge is not None or not scorer.selects_best:
         found = (kept & view.valid).sum(1).tolist()
@@ -67,19 +65,23 @@ def choose(stage: Stage, view: TokenView, keep: Sequence[int]) -> Choice:
     return Choice(kept, counts, merge, scores)
 
 
-def _select(stage: Stage, selection: Selection | None, view: TokenView, scores: Tensor | None) -> Tensor:
+def _divide(stage: Stage, view: TokenView, scores: Tensor | None) -> tuple[Tensor, Merge | None]:
+    """The set, and who stands for the rest; None if the rest is dropped."""
+    scorer, (selection, remainder) = stage.scorer, stage.rules
+    if selection is None and remainder is None and scorer.merges:
+        merge = scorer.merge(view)
+        return merge.kept, merge
+    fewer = view if remainder is None else dataclasses.replace(view, keep=view.keep - remainder.places(view))
+    kept = _select(scorer, selection, fewer, scores)
+    if not stage.merges:
+        return kept, None
+    merge = Merge(kept, scorer.assign(view, kept)) if remainder is None else remainder.merge(view, kept, scores)
+    return merge.kept, merge
+
+
+def _select(scorer: Scorer, selection: Selection | None, view: TokenView, scores: Tensor | None) -> Tensor:
     if selection is not None:
         return selection.select(view, scores)
-    if scores is not None and stage.scorer.selects_best:
+    if scores is not None and scorer.selects_best:
         return top_k_mask(scores, view.keep, view.valid)
-    return stage.scorer.select(view)
-
-
-def _merge(
-    stage: Stage, remainder: Remainder | None, view: TokenView, selected: Tensor, scores: Tensor | None
-) -> Merge | None:
-    if not stage.merges:
-        return None
-    if remainder is None:
-        return Merge(selected, stage.scorer.assign(view, selected))
-    return remainder.merge(view, selected, scores)
+    return scorer.select(view)

@@ -16,7 +16,7 @@ from vtprune.budget import Budget, Geometry, solve
 from vtprune.errors import BudgetError, PlanError
 from vtprune.plan import Plan, Site, Stage
 from vtprune.registry import Registry, load_entry, write_entry
-from vtprune.rules import Remainder, Selection, top_k_mask
+from vtprune.rules import Merge, Remainder, Selection, top_k_mask
 from vtprune.views import AttentionView, Memory, Queries, TextView, TokenView, TransitionView
 
 __all__ = [
@@ -175,6 +175,11 @@ class Scorer:
             kept: [B, V] what `select` returned; a kept token is its own owner.
         """
         raise PlanError(f"{self.name} sets merges=True but does not define assign().")
+
+    def merge(self, view: TokenView) -> Merge:
+        """What `select` keeps, and what `assign` makes of the rest; to override where one search finds both."""
+        kept = self.select(view)
+        return Merge(kept, self.assign(view, kept))
 
     def plan(self, geometry: Geometry, budget: Budget) -> Plan:
         """The stages that spend `budget` on a model of this `geometry`; unless overridden, one stage at `site`.

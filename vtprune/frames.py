@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vtprune.views import TokenView
 
-__all__ = ["FrameMap", "film_numbers", "frame_numbers", "opening_tokens", "ranks_within"]
+__all__ = ["FrameMap", "film_numbers", "frame_numbers", "opening_tokens", "ranks_within", "shown_frames"]
 
 
 @lru_cache(maxsize=256)
@@ -85,7 +85,9 @@ class FrameMap:
     @classmethod
     def of(cls, view: TokenView) -> FrameMap:
         """Read it off a view; 0 at padding."""
-        numbers = [frame_numbers(images, frames) for images, frames in zip(view.images, _frames(view), strict=True)]
+        numbers = [
+            frame_numbers(images, frames) for images, frames in zip(view.images, shown_frames(view), strict=True)
+        ]
         films = tuple(tuple(film_numbers(*each)) for each in zip(view.images, numbers, strict=True))
         width = max((len(grids) for grids in view.grids), default=0)
         if not width:
@@ -124,7 +126,7 @@ class FrameMap:
         return own.scatter(1, later, order[:, :-1].where(same, later))
 
 
-def _frames(view: TokenView) -> tuple[tuple[int | None, ...], ...]:
+def shown_frames(view: TokenView) -> tuple[tuple[int | None, ...], ...]:
     """Frame of each grid of each sample; a view that knows none holds still images."""
     return view.frames or tuple((None,) * len(grids) for grids in view.grids)
 

@@ -25,6 +25,9 @@ Queries = Literal["last", "cls", "mean", "instruction", "all"]
 tower those of one image, crop or frame, also in blocks that attend in windows), the prompt's tokens behind its last
 image, all tokens of the call."""
 
+PROMPT_ROWS: tuple[Queries, ...] = ("last", "instruction", "all")
+"""Those that lie in the prompt, and not in a tower."""
+
 
 @dataclass(frozen=True)
 class AttentionView:

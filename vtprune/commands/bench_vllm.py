@@ -12,7 +12,7 @@ from typing import Any
 from vtprune.bench.provenance import provenance
 from vtprune.commands.show import console
 from vtprune.errors import InputError, VtpruneError
-from vtprune.integrations.vllm import ARCHITECTURES, SUPPORTED
+from vtprune.integrations.vllm import SUPPORTED
 from vtprune.integrations.vllm.bench import Served, ratios, serve_rounds
 from vtprune.integrations.vllm.embedded import export
 from vtprune.integrations.vllm.images import checked_geometry
@@ -78,10 +78,7 @@ def _measure(place: str, settings: Settings, keeps: tuple[int | float, ...], dty
         disable_log_stats=False,
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
-        hf_overrides={
-            "architectures": list(ARCHITECTURES),
-            "vtprune": {"method": settings.method, "keep": settings.keep},
-        },
+        hf_overrides=settings.overrides,
     )
     picture, question = load_example()
     text = chat_text(AutoProcessor.from_pretrained(place), Question(question, (picture,)))

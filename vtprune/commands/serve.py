@@ -9,12 +9,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from vtprune.errors import InputError, VtpruneError
-from vtprune.integrations.vllm import ARCHITECTURES, SUPPORTED
+from vtprune.integrations.vllm import SUPPORTED
 from vtprune.integrations.vllm.embedded import export
 from vtprune.integrations.vllm.images import checked_geometry
 from vtprune.integrations.vllm.settings import Settings
@@ -65,10 +64,6 @@ def server_flags(place: str, settings: Settings, name: str, host: str, port: int
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    overrides: dict[str, Any] = {
-        "architectures": list(ARCHITECTURES),
-        "vtprune": {"method": settings.method, "keep": settings.keep},
-    }
     flags = {
         "--model": place,
         "--served-model-name": name,
@@ -76,7 +71,7 @@ def server_flags(place: str, settings: Settings, name: str, host: str, port: int
         "--port": str(port),
         "--dtype": dtype,
         "--limit-mm-per-prompt": json.dumps({"image": images}),
-        "--hf-overrides": json.dumps(overrides),
+        "--hf-overrides": json.dumps(settings.overrides),
     }
     # budgets of requests come in mm_processor_kwargs
     return [*(part for pair in flags.items() for part in pair), "--trust-request-mm-kwargs"]

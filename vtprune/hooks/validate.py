@@ -12,6 +12,7 @@ from vtprune.contract import Scorer
 from vtprune.errors import InputError, PlanError, UnsupportedModelError
 from vtprune.hooks.families.base import Prompt
 from vtprune.plan import Plan, Stage
+from vtprune.views import PROMPT_ROWS
 
 __all__ = [
     "asked_layers",
@@ -22,9 +23,6 @@ __all__ = [
     "watched_blocks",
     "watched_transitions",
 ]
-
-# query rows that lie in the prompt
-_PROMPT_ROWS = ("last", "instruction", "all")
 
 
 def check_plan(plan: Plan, geometry: Geometry) -> None:
@@ -68,7 +66,7 @@ def check_plan(plan: Plan, geometry: Geometry) -> None:
             raise PlanError(f"{scorer.name} reads attention, which does not exist yet at 'input'; use 'layer[k]'.")
         if scorer.queries in ("cls", "mean") and site.kind in ("restart", "layer"):
             raise PlanError(f"{scorer.name} reads the {scorer.queries!r} query of a tower; it cannot cut at {site}.")
-        if (scorer.reads_text or scorer.queries in _PROMPT_ROWS) and site.kind == "vision":
+        if (scorer.reads_text or scorer.queries in PROMPT_ROWS) and site.kind == "vision":
             raise PlanError(f"{scorer.name} reads the prompt; it cannot cut at {site}, where only images are known.")
         if scorer.reads_input and site.kind != "layer":
             raise PlanError(f"{scorer.name} reads what enters the decoder; it cannot cut at {site}, use 'layer[k]'.")
@@ -181,7 +179,7 @@ def check_drafts(plan: Plan, wanted: int) -> None:
             or s.scorer.reads_text
             or s.scorer.reads_input
             or s.scorer.reads_transitions
-            or (s.scorer.reads_attention and s.scorer.queries in _PROMPT_ROWS)
+            or (s.scorer.reads_attention and s.scorer.queries in PROMPT_ROWS)
         }
     )
     if readers:

@@ -11,14 +11,11 @@ import torch
 from vtprune.budget import Budget, Geometry
 from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, TokenView
 from vtprune.errors import PlanError
-from vtprune.kernels.attention_rows import attention_rows
 from vtprune.plan import Plan, Positions, Site, Stage
 from vtprune.scorers.schedule import solve_finely
+from vtprune.scorers.tower_end import summed_attention
 
 __all__ = ["SpAtten"]
-
-# attention weights of one block of query rows, all heads
-_BLOCK = 1 << 24
 
 
 @METHODS.register("spatten")
@@ -70,21 +67,7 @@ class SpAtten(Scorer):
 
     def observe(self, view: AttentionView, memory: Memory) -> Memory:
         """Add what each visual token receives in this layer, `importance` [B, V]."""
-        batch, heads, length, _ = view.query.shape
-        received = torch.zeros(view.column.shape, device=view.key.device)
-        size = max(1, _BLOCK // max(1, batch * heads * view.key.shape[2]))
-        for start in range(0, length, size):
-            part = slice(start, start + size)
-            rows = attention_rows(
-                view.query[:, :, part],
-                view.key,
-                view.scaling,
-                softcap=view.softcap,
-                real=view.real if view.real is None or view.real.dim() == 2 else view.real[:, part],
-                column=view.column,
-            )
-            # rows at padding may hold anything
-            received = received + (rows if view.rows is None else rows.where(view.rows[:, part, None], 0.0)).sum(1)
+        received = summed_attention(view, view.query, view.rows)
         return {"importance": received + memory.get("importance", torch.zeros_like(received))}
 
     def score(self, view: TokenView) -> torch.Tensor:

@@ -14,7 +14,7 @@ from vtprune.contract import METHODS, AttentionView, Memory, Queries, Scorer, To
 from vtprune.errors import PlanError, UnsupportedModelError
 from vtprune.kernels.merge_tokens import merge_tokens
 from vtprune.plan import Plan, Site, Stage
-from vtprune.rules import own_index, top_k_mask
+from vtprune.rules import Merge, own_index, top_k_mask
 from vtprune.similarity import cosine_distance, nearest_target, unit_states
 
 __all__ = ["ToMe", "match_pairs"]
@@ -77,13 +77,17 @@ class ToMe(Scorer):
         metric = view.visual(view.key).float().mean(1)
         return {"metric": metric.masked_fill(~view.valid[..., None], 0.0)}
 
+    def merge(self, view: TokenView) -> Merge:
+        """See `Scorer.merge`."""
+        return Merge(*match_pairs(view.memory["metric"], view.valid, view.keep, view.size))
+
     def select(self, view: TokenView) -> Tensor:
         """See `Scorer.select`."""
-        return match_pairs(view.memory["metric"], view.valid, view.keep, view.size)[0]
+        return self.merge(view).kept
 
     def assign(self, view: TokenView, kept: Tensor) -> Tensor:
         """See `Scorer.assign`."""
-        return match_pairs(view.memory["metric"], view.valid, view.keep, view.size)[1]
+        return self.merge(view).owner
 
     def plan(self, geometry: Geometry, budget: Budget) -> Plan:
         """A stage behind each block up to the one that the projector reads. A fraction stays one.

@@ -17,7 +17,7 @@ from vtprune.errors import UnsupportedModelError
 from vtprune.kernels.attention_rows import attention_rows
 from vtprune.plan import Plan, Site, Stage
 
-__all__ = ["TowerEndScorer", "received_attention"]
+__all__ = ["TowerEndScorer", "received_attention", "summed_attention"]
 
 # attention weights of one block of query rows, all heads
 _BLOCK = 1 << 24
@@ -79,14 +79,37 @@ def received_attention(view: AttentionView, *, by_all: bool = False, impl: str =
     if view.every_query is None or (view.has_cls and not by_all):
         rows = attention_rows(view.query, view.key, view.scaling, real=view.real, column=view.column, impl=impl)
         return rows[:, 0]
-    batch, heads, length, _ = view.every_query.shape
-    asking = torch.ones(batch, length, device=view.key.device) if view.real is None else view.real.float()
+    total = summed_attention(view, view.every_query, view.real, impl=impl)
+    if view.real is None:
+        return total / max(1, view.every_query.shape[2])
+    return total / view.real.sum(1, keepdim=True).clamp(min=1)
+
+
+def summed_attention(view: AttentionView, query: Tensor, asking: Tensor | None, *, impl: str = "auto") -> Tensor:
+    """[B, V] fp32: the attention that each visual token receives, mean over heads and summed over query rows.
+
+    [H, R, N] weights are made in blocks of rows and not kept.
+
+    Args:
+        view: of the block; `real` as it is there, one row for all queries or one for each.
+        query: [B, H, R, d] the rows that ask.
+        asking: [B, R] False at padding, which may hold anything; None if there is none.
+        impl: as in `attention_rows`.
+    """
+    batch, heads, length, _ = query.shape
     total = torch.zeros(view.column.shape, device=view.key.device)
-    size = max(1, _BLOCK // max(1, batch * heads * length))
+    size = max(1, _BLOCK // max(1, batch * heads * view.key.shape[2]))
     for start in range(0, length, size):
-        part = view.every_query[:, :, start : start + size]
-        rows = attention_rows(part, view.key, view.scaling, real=view.real, column=view.column, impl=impl)
-        # queries at padding may hold anything
-        weight = asking[:, start : start + size, None]
-        total = total + (weight * rows.where(weight > 0, 0.0)).sum(1)
-    return total / asking.sum(1, keepdim=True).clamp(min=1.0)
+        part = slice(start, start + size)
+        real = view.real if view.real is None or view.real.dim() == 2 else view.real[:, part]
+        rows = attention_rows(
+            query[:, :, part],
+            view.key,
+            view.scaling,
+            softcap=view.softcap,
+            real=real,
+            column=view.column,
+            impl=impl,
+        )
+        total = total + (rows if asking is None else rows.where(asking[:, part, None], 0.0)).sum(1)
+    return total

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtprune.cells import alive_tokens, sample_cells, split_in_proportion
 from vtprune.contract import METHODS, Scorer, TokenView
-from vtprune.frames import film_numbers, frame_numbers
+from vtprune.frames import film_numbers, frame_numbers, shown_frames
 from vtprune.plan import Site
 
 __all__ = ["UniformFrames"]
@@ -41,8 +41,7 @@ class UniformFrames(Scorer):
     def select(self, view: TokenView) -> Tensor:
         """[B, V] True in the chosen frames."""
         mask = torch.zeros(view.valid.shape, dtype=torch.bool)
-        stills = tuple((None,) * len(grids) for grids in view.grids)
-        facts = zip(view.grids, view.images, view.frames or stills, alive_tokens(view), view.keep.tolist(), strict=True)
+        facts = zip(view.grids, view.images, shown_frames(view), alive_tokens(view), view.keep.tolist(), strict=True)
         for b, (grids, images, frames, alive, keep) in enumerate(facts):
             mask[b, list(_sample_tokens(grids, images, frames, alive, min(keep, sum(alive))))] = True
         return mask.to(view.valid.device)

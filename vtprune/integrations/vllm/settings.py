@@ -11,8 +11,10 @@ from typing import Any
 from vtprune.budget import Budget, Geometry, parse_keep
 from vtprune.contract import METHODS, Scorer
 from vtprune.errors import BudgetError, InputError, PlanError, UnsupportedModelError, VtpruneError
+from vtprune.integrations.vllm import ARCHITECTURES
 from vtprune.plan import Plan
 from vtprune.specs import parse_chain
+from vtprune.views import PROMPT_ROWS
 
 __all__ = ["KEEP", "Settings", "check_served", "image_plan", "kept_of_image", "parts_of", "read_keep", "served_methods"]
 
@@ -50,6 +52,11 @@ class Settings:
     def scorer(self) -> Scorer:
         """The method."""
         return _scorer(self.method)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The `hf_overrides` that choose the plugin with these settings."""
+        return {"architectures": list(ARCHITECTURES), "vtprune": {"method": self.method, "keep": self.keep}}
 
     @property
     def key(self) -> str:
@@ -98,7 +105,7 @@ def check_served(method: Scorer, geometry: Geometry) -> None:
                 f"{method.name} cuts at {site}, inside the decoder, where vLLM gives all layers of a request one "
                 "length. If a knob leaves that cut out, set it: flowcut(text_cut=False)."
             )
-        if scorer.reads_text or scorer.reads_input or scorer.queries in ("last", "instruction"):
+        if scorer.reads_text or scorer.reads_input or scorer.queries in PROMPT_ROWS:
             raise PlanError(f"{method.name} reads the prompt, and vLLM encodes and caches an image without one.")
         if scorer.reads_frames:
             raise PlanError(f"{method.name} compares the frames of a film, and the vLLM plugin serves still images.")

@@ -32,6 +32,8 @@ from vtprune.integrations.vllm.settings import Settings
 from vtprune.plan import Plan, Site, Stage
 from vtprune.specs import parse_method
 
+ENVIRONMENT = dict(os.environ)
+"""For programs of their own: engines leave variables behind in `os.environ` that are theirs alone."""
 ARCHITECTURE = "VTPruneForConditionalGeneration"
 NEW = 6  # tokens of an answer
 KINDS = ("llava", "qwen2_vl", "qwen2_5_vl", "internvl")

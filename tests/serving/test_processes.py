@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,10 +17,8 @@ from typing import Any
 
 import pytest
 from conftest import DEFAULT, MIXED, SWEEP
-from engines import Ask, answers, engine, picture
+from engines import ENVIRONMENT, Ask, answers, engine, picture
 
-# engines leave variables behind that are theirs alone
-_ENVIRONMENT = dict(os.environ)
 Expected = dict[tuple[str, str, Ask], tuple[list[list[int]], list[int]]]
 
 
@@ -48,7 +45,7 @@ def server(checkpoints: dict[str, Path], expected: Expected, tmp_path_factory: A
     command += ["--keep", str(DEFAULT), "--port", str(port), "--name", "tiny", "--dtype", "float32"]
     command += ["--", "--enforce-eager", "--max-model-len", "512"]
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     address = f"http://127.0.0.1:{port}"

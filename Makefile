@@ -71,7 +71,7 @@ $(VLLM_STAMP): pyproject.toml tests/serving/requirements.txt tests/serving/torch
 	touch $@
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -c tests/serving/pytest.ini tests/serving $(ARGS)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -c tests/serving/pytest.ini tests/serving $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from vtprune.integrations.vllm.bench import Served, ratios
 from vtprune.integrations.vllm.embedded import widened
 from vtprune.integrations.vllm.images import ImagePruner, checked_geometry
 from vtprune.integrations.vllm.rope import Span, fill_positions, restored_prompt, with_cells, without_cells
-from vtprune.integrations.vllm.settings import Settings, kept_of_image, served_methods
+from vtprune.integrations.vllm.settings import Settings, architecture_of, check_served, kept_of_image, served_methods
 from vtprune.specs import parse_method
 
 KINDS = ("llava", "qwen2_vl", "qwen2_5_vl", "internvl")
@@ -121,11 +121,67 @@ def test_methods_are_served_by_what_they_need(kind: str) -> None:
     assert set(SERVED) <= {name for name, reason in reasons.items() if not reason}
     for name in ("fastv", "gemfilter", "transprune", "sparsevlm", "pyramiddrop"):
         assert "inside the decoder" in reasons[name]
-    assert "reads the prompt" in reasons["cdpruner"]
+    assert reasons["cdpruner"] == ""
     assert "decides itself" in reasons["dyvte"]
     assert "frames of a film" in reasons["vidcom2"]
     # cuts in the tower alone on LLaVA, and in the decoder too where images have many tokens
     assert reasons["flowcut"] == "" if kind in ("llava", "internvl") else "text_cut=False" in reasons["flowcut"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_native_class_and_the_common_one(kind: str) -> None:
+    config = CASES[kind].config()
+    assert architecture_of(config, "transformers") == plugin.TRANSFORMERS
+    native = architecture_of(config, "native")
+    assert native == plugin.NATIVE[kind] != plugin.TRANSFORMERS
+    assert {native, plugin.TRANSFORMERS} < set(plugin.ARCHITECTURES)
+
+
+def test_a_kind_without_native_class_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"native classes for llava, .* got a 'qwen3_vl' model"):
+        architecture_of(CASES["qwen3_vl"].config(), "native")
+
+
+def test_a_question_goes_with_methods_that_read_one() -> None:
+    reads, does_not = Settings("cdpruner", 8), Settings("divprune/dpp", 8)
+    assert reads.question("is it red ?") == "is it red ?"
+    assert reads.question("") == ""
+    assert Settings("cdpruner/maxmin/nearest", 8).question("is it red ?") == "is it red ?"
+    assert check_served(parse_method("cdpruner/maxmin"), geometry(CASES["llava"].config())) is None
+    assert does_not.question(None) is None
+    with pytest.raises(InputError, match=r"cdpruner chooses tokens by the question: send it as .*, got None"):
+        reads.question(None)
+    with pytest.raises(InputError, match=r"divprune/dpp does not read .*: leave vtprune_question out, got 'x'"):
+        does_not.question("x")
+
+
+@torch.no_grad()
+def test_each_image_is_chosen_by_its_own_question() -> None:
+    """Two images in one run of the tower, against `vtprune.prune` with the question behind each."""
+    case = CASES["llava"]
+    model, sizes = case.model(), case.sizes[:2]
+    root, embed = model.model, model.get_input_embeddings()
+    rows = [case.batch(Row((("image", size),), 2, 3 + i, i)) for i, size in enumerate(sizes)]
+    pixels = {"pixel_values": torch.cat([row["pixel_values"] for row in rows])}
+    words, want = [], []
+    for row in rows:
+        ids = row["input_ids"][0]
+        last = int((ids == model.config.image_token_id).nonzero()[-1])
+        words.append(embed(ids[last + 1 :]))
+        with vtprune.prune(model, "cdpruner", keep=5) as session:
+            model(**row)
+            want.append(session.report.kept[-1].indices[0].tolist())
+    pruner = ImagePruner(root, Settings("cdpruner", 5))
+    with pruner.encoding(pixels, [5, 5], [1, 1]):
+        features = torch.cat(list(root.get_image_features(**pixels).pooler_output)).flatten(0, -2).chunk(2)
+
+    def kept(asked: list[torch.Tensor]) -> list[list[int]]:
+        return [index.tolist() for _, index in pruner.finish(features, [5, 5], asked)]
+
+    assert kept(words) == want
+    assert kept([words[0] * 0, words[1]]) != want
+    assert kept([words[0][:0], words[1]])[1] == want[1]
+    pruner.remove()
 
 
 def test_other_families_are_refused() -> None:
@@ -283,10 +339,11 @@ def test_a_model_with_wider_heads_says_the_same(kind: str) -> None:
 
 
 def test_the_server_gets_flags_that_it_can_read() -> None:
-    flags = server_flags("/m", Settings("visionzip", 0.25), "me", "127.0.0.1", 8000, 2, "auto")
+    overrides = Settings("visionzip", 0.25).overrides("VTPruneLlavaForConditionalGeneration")
+    flags = server_flags("/m", overrides, "me", "127.0.0.1", 8000, 2, "auto")
     given = dict(zip(flags[:-1:2], flags[1::2], strict=True))
     assert json.loads(given["--hf-overrides"]) == {
-        "architectures": list(plugin.ARCHITECTURES),
+        "architectures": ["VTPruneLlavaForConditionalGeneration"],
         "vtprune": {"method": "visionzip", "keep": 0.25},
     }
     assert json.loads(given["--limit-mm-per-prompt"]) == {"image": 2}
@@ -299,6 +356,7 @@ def test_the_server_gets_flags_that_it_can_read() -> None:
         (["--method", "fastv"], "fastv cuts at layer"),
         (["--method", "visionzip", "--keep", "0"], "got '0'"),
         (["--method", "nothing"], "Unknown method 'nothing'"),
+        (["--backend", "sglang"], "the backend must be one of native, transformers, got 'sglang'"),
     ],
 )
 def test_serve_refuses_before_it_starts(arguments: list[str], said: str) -> None:
@@ -323,7 +381,7 @@ def test_ratios_are_to_the_full_row_of_the_same_concurrency() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--engine", "tgi"], "--engine must be hf or vllm, got 'tgi'"),
+        (["--engine", "tgi"], "--engine must be hf, vllm or vllm-transformers, got 'tgi'"),
         (["--engine", "vllm"], "measures one method"),
         (["--engine", "vllm", "--methods", "uniform"], "'random:llama-0.3b' has none"),
         (["--engine", "vllm", "--methods", "fastv", "--model", "tiny:llava"], "inside the decoder"),

@@ -46,6 +46,7 @@ class Recipe(Scorer):
             ("summary", self.method.summary),
             ("adaptive", self.method.adaptive or adaptive),
             ("takes_budget", self.method.takes_budget),
+            ("reads_text", self.method.reads_text),
         ):
             object.__setattr__(self, name, value)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import KINDS, Ask, folder, reference
+from engines import KINDS, Ask, folder, question, reference
 
 from vtprune.integrations.vllm.settings import served_methods
 
@@ -25,6 +25,8 @@ MIXED = (
     Ask(((96, 160), (200, 120)), keep=0.25, long=True),
     Ask(((200, 120),), long=True),
 )
+Expected = dict[tuple[str, str, Ask], tuple[list[list[int]], list[int]]]
+"""(kept sets, answer) by kind, method and request."""
 # by CLS, or by what a patch receives; and one that merges
 MIXED_METHODS = ("fastervlm", "visionzip")
 
@@ -49,14 +51,27 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def expected(checkpoints: dict[str, Path]) -> dict[tuple[str, str, Ask], tuple[list[list[int]], list[int]]]:
-    """(kept sets, answer) by kind, method and request."""
+def questions(checkpoints: dict[str, Path]) -> dict[str, str]:
+    """By kind, the text behind the last image of a prompt."""
+    from transformers import AutoProcessor
+
+    return {kind: question(kind, AutoProcessor.from_pretrained(place)) for kind, place in checkpoints.items()}
+
+
+@pytest.fixture(scope="session")
+def expected(checkpoints: dict[str, Path]) -> Expected:
+    """What transformers answers to everything that is asked."""
+    return references(checkpoints, {kind: swept(kind) for kind in KINDS})
+
+
+def references(checkpoints: dict[str, Path], by_kind: dict[str, list[str]]) -> Expected:
+    """What transformers answers with these methods on these checkpoints."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found = {}
-    for kind, place in checkpoints.items():
-        for method in swept(kind):
+    for kind, names in by_kind.items():
+        for method in names:
             for ask in dict.fromkeys((*SWEEP, *(MIXED if method in MIXED_METHODS else ()))):
-                found[kind, method, ask] = reference(kind, place, method, DEFAULT, ask)
+                found[kind, method, ask] = reference(kind, checkpoints[kind], method, DEFAULT, ask)
     torch.set_num_threads(threads)
     return found

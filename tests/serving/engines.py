@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,18 +24,21 @@ os.environ.update(
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import vtprune
 from vtprune.budget import Budget
+from vtprune.integrations.vllm import NATIVE, TRANSFORMERS
 from vtprune.integrations.vllm.embedded import export, widened
 from vtprune.integrations.vllm.images import ImagePruner
 from vtprune.integrations.vllm.settings import Settings
+from vtprune.loading import load_config
 from vtprune.plan import Plan, Site, Stage
 from vtprune.specs import parse_method
 
 ENVIRONMENT = dict(os.environ)
 """For programs of their own: engines leave variables behind in `os.environ` that are theirs alone."""
-ARCHITECTURE = "VTPruneForConditionalGeneration"
+BACKENDS = ("transformers", "native")
 NEW = 6  # tokens of an answer
 KINDS = ("llava", "qwen2_vl", "qwen2_5_vl", "internvl")
 # how the processor of each kind is told where an image goes
@@ -44,6 +48,9 @@ _MARKS = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "internvl": "<IMG_CONTEXT>",
 }
+# what stands between a prompt's last image and the question, which a method that reads text sees as well
+_BEHIND = {"llava": "", "qwen2_vl": "<|vision_end|>", "qwen2_5_vl": "<|vision_end|>", "internvl": "</img>"}
+_QUESTION = " what color is the circle ? assistant :"
 _LONG = " ".join(["is the circle red or blue or green ?"] * 6)
 
 
@@ -67,7 +74,18 @@ def picture(size: tuple[int, int]) -> Image.Image:
 def prompt(kind: str, ask: Ask) -> str:
     """What is asked, with a mark for each picture and words between them."""
     marks = " and ".join([_MARKS[kind]] * len(ask.sizes))
-    return f"<bos> user : {_LONG + ' ' if ask.long else ''}{marks} what color is the circle ? assistant :"
+    return f"<bos> user : {_LONG + ' ' if ask.long else ''}{marks}{_QUESTION}"
+
+
+def question(kind: str, processor: Any) -> str:
+    """All text behind the last image of `prompt`."""
+    asked = _BEHIND[kind] + _QUESTION
+    inputs = processor(text=[prompt(kind, Ask(((48, 48),)))], images=[picture((48, 48))], return_tensors="pt")
+    words = processor.tokenizer.encode(asked, add_special_tokens=False)
+    ids = inputs["input_ids"][0].tolist()
+    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    assert ids[len(ids) - ids[::-1].index(image) :] == words
+    return asked
 
 
 @lru_cache
@@ -93,8 +111,28 @@ def folder(kind: str, root: Path) -> Path:
                 generator = torch.Generator().manual_seed(value.numel())
                 value.normal_(0, size / value[0].numel() ** 0.5, generator=generator)
     widened(model).save_pretrained(place)
+    _rename_weights(place / "model.safetensors", kind)
     assert AutoProcessor.from_pretrained(place)
     return place
+
+
+def _rename_weights(file: Path, kind: str) -> None:
+    """Names of all the layouts there are: LLaVA's on the hub, InternVL's as transformers saved it since 4.52. Qwen's is
+    saved as on the hub."""
+    weights = load_file(file)
+    if kind == "llava":
+        renamed = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in weights.items()
+        }
+        assert len(set(renamed) - set(weights)) > 50
+    elif kind == "internvl":
+        part = re.compile(r"^(vision_tower|multi_modal_projector|language_model)(\.model)?\.")
+        renamed = {part.sub(r"model.\1.", n): w for n, w in weights.items()}
+        renamed["lm_head.weight"] = renamed.pop("model.language_model.lm_head.weight")
+        assert not set(renamed) & set(weights)
+    else:
+        return
+    save_file(renamed, file, {"format": "pt"})
 
 
 @lru_cache(maxsize=1)
@@ -146,11 +184,12 @@ def _tokens(kind: str, model: Any, inputs: Any, pictures: int, visual: int) -> l
 
 
 @contextlib.contextmanager
-def engine(place: Path, method: str, keep: Any, **options: Any) -> Iterator[Any]:
+def engine(place: Path, method: str, keep: Any, backend: str = "transformers", **options: Any) -> Iterator[Any]:
     """A vLLM engine with the plugin, shut down at the end."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    architecture = NATIVE[load_config(str(place)).model_type] if backend == "native" else TRANSFORMERS
     settings: dict[str, Any] = {
         "model": str(place),
         "dtype": "float32",
@@ -158,7 +197,7 @@ def engine(place: Path, method: str, keep: Any, **options: Any) -> Iterator[Any]
         "max_model_len": 512,
         "max_num_seqs": 8,
         "limit_mm_per_prompt": {"image": 2},
-        "hf_overrides": {"architectures": [ARCHITECTURE], "vtprune": {"method": method, "keep": keep}},
+        "hf_overrides": {"architectures": [architecture], "vtprune": {"method": method, "keep": keep}},
         **options,
     }
     llm = LLM(**settings)
@@ -176,6 +215,12 @@ def worker_model(llm: Any) -> Any:
     return core.model_executor.driver_worker.worker.model_runner.model
 
 
+def vision_side(llm: Any) -> Any:
+    """The part of `worker_model` that holds the tower and the `ImagePruner`."""
+    model = worker_model(llm)
+    return getattr(model, "vision_side", model)
+
+
 def switch(llm: Any, method: str, keep: Any) -> None:
     """Give a running engine other settings; a start for each method would take minutes."""
     model = worker_model(llm)
@@ -188,8 +233,9 @@ def switch(llm: Any, method: str, keep: Any) -> None:
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
     llm.reset_prefix_cache()
-    model.pruner.remove()
-    model.pruner = ImagePruner(model.model, Settings.read(raw))
+    encoder = vision_side(llm)
+    encoder.pruner.remove()
+    encoder.pruner = ImagePruner(encoder.model, Settings.read(raw))
 
 
 @contextlib.contextmanager
@@ -198,8 +244,8 @@ def kept_sets() -> Iterator[list[list[int]]]:
     found: list[list[int]] = []
     finish = ImagePruner.finish
 
-    def spying(self: ImagePruner, features: Any, kept: Sequence[int]) -> Any:
-        pruned = finish(self, features, kept)
+    def spying(self: ImagePruner, *given: Any) -> Any:
+        pruned = finish(self, *given)
         found.extend(index.tolist() for _, index in pruned)
         return pruned
 
@@ -210,8 +256,8 @@ def kept_sets() -> Iterator[list[list[int]]]:
         ImagePruner.finish = finish
 
 
-def answers(llm: Any, kind: str, asks: Sequence[Ask], new: int = NEW) -> list[Any]:
-    """Greedy answers of vLLM, asked all at once."""
+def answers(llm: Any, kind: str, asks: Sequence[Ask], new: int = NEW, **arguments: Any) -> list[Any]:
+    """Greedy answers of vLLM, asked all at once; `arguments` go into the `mm_processor_kwargs` of each request."""
     from vllm import SamplingParams
 
     requests = []
@@ -220,8 +266,9 @@ def answers(llm: Any, kind: str, asks: Sequence[Ask], new: int = NEW) -> list[An
             "prompt": prompt(kind, ask),
             "multi_modal_data": {"image": [picture(size) for size in ask.sizes]},
         }
-        if ask.keep is not None:
-            request["mm_processor_kwargs"] = {"vtprune_keep": ask.keep}
+        own = arguments if ask.keep is None else {**arguments, "vtprune_keep": ask.keep}
+        if own:
+            request["mm_processor_kwargs"] = own
         requests.append(request)
     greedy = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True)
     return llm.generate(requests, greedy, use_tqdm=False)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import DEFAULT, MIXED, MIXED_METHODS, SWEEP, swept
-from engines import KINDS, Ask, answers, engine, kept_sets, picture, prompt, switch, worker_model
+from conftest import DEFAULT, MIXED, MIXED_METHODS, SWEEP, Expected, swept
+from engines import BACKENDS, KINDS, Ask, answers, engine, kept_sets, picture, prompt, switch, vision_side, worker_model
 
+from vtprune.errors import UnsupportedModelError
 from vtprune.integrations.vllm import generic
 from vtprune.integrations.vllm.bench import serve_rounds
 from vtprune.integrations.vllm.settings import served_methods
+from vtprune.specs import parse_method
 
 # prefills in chunks of 16 tokens that cut through every picture, blocks so small that prompts share some
 _CHUNKS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True, "block_size": 32}
@@ -23,14 +27,13 @@ _ENGINES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {},
     "internvl": _CHUNKS,
 }
-Expected = dict[tuple[str, str, Ask], tuple[list[list[int]], list[int]]]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=itertools.product(BACKENDS, KINDS), ids="-".join)
 def running(request: Any, checkpoints: dict[str, Path], expected: Expected) -> Iterator[tuple[str, Any]]:
     """(kind, an engine): one start for each, the settings are switched in place."""
-    kind = request.param
-    with engine(checkpoints[kind], "divprune", DEFAULT, **_ENGINES[kind]) as llm:
+    backend, kind = request.param
+    with engine(checkpoints[kind], "divprune", DEFAULT, backend, **_ENGINES[kind]) as llm:
         yield kind, llm
 
 
@@ -46,19 +49,54 @@ def test_the_settings_of_the_start_rule(running: tuple[str, Any], expected: Expe
     assert _tokens(outputs) == [expected[kind, "divprune", ask][1] for ask in SWEEP]
 
 
-def test_every_method_equals_transformers(running: tuple[str, Any], expected: Expected) -> None:
+def test_every_method_equals_transformers(
+    running: tuple[str, Any], expected: Expected, questions: dict[str, str]
+) -> None:
     kind, llm = running
     wrong = {}
     for method in swept(kind):
         switch(llm, method, DEFAULT)
+        asked = {"vtprune_question": questions[kind]} if parse_method(method).reads_text else {}
         with kept_sets() as found:
-            outputs = answers(llm, kind, SWEEP)
+            outputs = answers(llm, kind, SWEEP, **asked)
         kept = sorted(found) == sorted(kept for ask in SWEEP for kept in expected[kind, method, ask][0])
         said = _tokens(outputs) == [expected[kind, method, ask][1] for ask in SWEEP]
         if not (kept and said):
             wrong[method] = {"kept": kept, "answers": said}
     assert wrong == {}
-    assert len(swept(kind)) >= 9
+    assert len(swept(kind)) >= 14
+
+
+def test_no_cache_serves_tokens_of_another_question(running: tuple[str, Any], questions: dict[str, str]) -> None:
+    kind, llm = running
+    switch(llm, "cdpruner", DEFAULT)
+    ask, found = SWEEP[0], []
+    for question in (questions[kind], "which digit is in the blue frame ?", questions[kind], ""):
+        with kept_sets() as kept:
+            answers(llm, kind, [ask], vtprune_question=question)
+        found.append(kept)
+    first, second, again, none = found
+    assert len(first) == len(second) == len(none) == 1
+    assert again == []
+    assert first != second
+    assert first != none
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "said"),
+    [
+        ("cdpruner", {}, "cdpruner chooses tokens by the question"),
+        ("cdpruner", {"vtprune_question": ["x"]}, r"got \['x'\]"),
+        ("divprune", {"vtprune_question": "is it red ?"}, "divprune does not read the question"),
+    ],
+)
+def test_questions_that_cannot_be_right_are_refused(
+    running: tuple[str, Any], method: str, asked: dict[str, Any], said: str
+) -> None:
+    kind, llm = running
+    switch(llm, method, DEFAULT)
+    with pytest.raises(ValueError, match=said):
+        answers(llm, kind, SWEEP[:1], **asked)
 
 
 @pytest.mark.parametrize("method", MIXED_METHODS)
@@ -146,8 +184,16 @@ def test_wrong_budgets_are_refused(running: tuple[str, Any], keep: Any) -> None:
     assert repr(keep) in str(caught.value)
 
 
+@pytest.mark.parametrize("option", ["compile_mm_encoder", "cudagraph_mm_encoder"])
+def test_options_that_go_around_the_hooks_are_refused(option: str) -> None:
+    given = {"compile_mm_encoder": False, "cudagraph_mm_encoder": False, option: True}
+    config = SimpleNamespace(compilation_config=SimpleNamespace(**given))
+    with pytest.raises(UnsupportedModelError, match=f"leave {option} off"):
+        generic.VTPruneModel(vllm_config=config)
+
+
 def test_refused_methods_say_why(running: tuple[str, Any]) -> None:
     _, llm = running
-    reasons = served_methods(worker_model(llm).pruner.geometry)
+    reasons = served_methods(vision_side(llm).pruner.geometry)
     assert "inside the decoder" in reasons["fastv"]
-    assert "reads the prompt" in reasons["cdpruner"]
+    assert "compares the frames" in reasons["vidcom2"]

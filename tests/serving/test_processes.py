@@ -16,10 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEFAULT, MIXED, SWEEP
-from engines import ENVIRONMENT, Ask, answers, engine, picture
+from conftest import DEFAULT, MIXED, SWEEP, Expected, references
+from engines import ENVIRONMENT, answers, engine, folder, picture
 
-Expected = dict[tuple[str, str, Ask], tuple[list[list[int]], list[int]]]
+_METHODS = ["visionzip", "divprune"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"llava": folder("llava", tmp_path_factory.mktemp("checkpoints"))}
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints: dict[str, Path]) -> Expected:
+    return references(checkpoints, {"llava": _METHODS})
 
 
 def test_two_ranks_equal_transformers(
@@ -29,7 +39,7 @@ def test_two_ranks_equal_transformers(
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     asks = [*MIXED]
-    with engine(checkpoints["llava"], "visionzip", DEFAULT, tensor_parallel_size=2) as llm:
+    with engine(checkpoints["llava"], "visionzip", DEFAULT, "native", tensor_parallel_size=2) as llm:
         outputs = answers(llm, "llava", asks)
     want = [expected["llava", "visionzip", ask][1] for ask in asks]
     assert [list(output.outputs[0].token_ids) for output in outputs] == want
@@ -100,3 +110,10 @@ def test_wrong_budgets_over_http_are_400(server: str, keep: Any) -> None:
         _ask(server, (120, 200), mm_processor_kwargs={"vtprune_keep": keep})
     assert caught.value.code == 400
     assert repr(keep) in json.loads(caught.value.read())["error"]["message"]
+
+
+def test_a_question_that_nobody_reads_is_400_over_http(server: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        _ask(server, (120, 200), mm_processor_kwargs={"vtprune_question": "is it red ?"})
+    assert caught.value.code == 400
+    assert "divprune does not read the question" in json.loads(caught.value.read())["error"]["message"]

@@ -42,7 +42,7 @@ def bench_command(
     table: Path | None = typer.Option(None, "--table", help="Write the table as Markdown."),
     plot: Path | None = typer.Option(None, "--plot", help="Draw speed-up against budget, and cost against length."),
     against: str = typer.Option("", "--against", help="Time also, if installed: kvpress, sparsevlm, angelslim."),
-    engine: str = typer.Option("hf", "--engine", help="hf, or vllm: requests per second and time to first token."),
+    engine: str = typer.Option("hf", "--engine", help="hf; vllm, vllm-transformers: requests per second, first token."),
 ) -> None:
     """Time prefill and decoding, and count memory, for every method and budget.
 
@@ -97,13 +97,14 @@ def _bench_engine(engine: str, model: str, methods: str, keeps: str, dtype: str,
     from vtprune.commands.bench_vllm import bench_vllm
     from vtprune.eval.keeps import parse_keeps
 
-    if engine != "vllm":
-        raise InputError(f"--engine must be hf or vllm, got {engine!r}.")
+    backend = {"vllm": "native", "vllm-transformers": "transformers"}.get(engine)
+    if backend is None:
+        raise InputError(f"--engine must be hf, vllm or vllm-transformers, got {engine!r}.")
     names = sweep_methods(methods)
     if len(names) != 1:
         raise InputError(f"--engine vllm measures one method, such as --methods visionzip, got {methods!r}.")
     budgets = tuple(entry.value for entry in parse_keeps(keeps) if entry.value is not None)
-    bench_vllm(model, names[0], budgets, dtype, rounds, out, _command())
+    bench_vllm(model, names[0], budgets, backend, dtype, rounds, out, _command())
 
 
 def _inputs(model: Any, processor: Any, config: BenchConfig) -> dict[str, Any]:

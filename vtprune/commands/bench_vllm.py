@@ -16,7 +16,7 @@ from vtprune.integrations.vllm import SUPPORTED
 from vtprune.integrations.vllm.bench import Served, ratios, serve_rounds
 from vtprune.integrations.vllm.embedded import export
 from vtprune.integrations.vllm.images import checked_geometry
-from vtprune.integrations.vllm.settings import Settings
+from vtprune.integrations.vllm.settings import QUESTION, Settings, architecture_of
 from vtprune.loading import load_config
 
 __all__ = ["bench_vllm"]
@@ -25,7 +25,14 @@ _ANSWER = 16  # tokens
 
 
 def bench_vllm(
-    model: str, method: str, keeps: tuple[int | float, ...], dtype: str, rounds: int, out: Path | None, command: str
+    model: str,
+    method: str,
+    keeps: tuple[int | float, ...],
+    backend: str,
+    dtype: str,
+    rounds: int,
+    out: Path | None,
+    command: str,
 ) -> None:
     """Measure requests per second and time to first token at concurrency 1 and 8, and print them.
 
@@ -33,6 +40,7 @@ def bench_vllm(
         model: with a processor: an embedded one, a folder or a hub id.
         method: one that vLLM serves.
         keeps: budgets of an image, beside all tokens.
+        backend: see `architecture_of`.
         dtype: of the weights.
         rounds: measured rounds of each way.
         out: file for a JSON line a way.
@@ -45,17 +53,19 @@ def bench_vllm(
     if model.startswith("random:"):
         raise InputError(f"vLLM asks models that have a processor, and {model!r} has none. Try --model tiny:llava.")
     settings = Settings.read({"method": method, "keep": 1.0})
-    checked_geometry(load_config(model), settings)
+    config = load_config(model)
+    checked_geometry(config, settings)
+    overrides = settings.overrides(architecture_of(config, backend))
     if importlib.util.find_spec("vllm") is None:
         raise VtpruneError(f"--engine vllm needs vLLM {SUPPORTED}, which is not installed (docs/serving.md).")
     with tempfile.TemporaryDirectory() as folder:
         place = str(export(model, Path(folder))) if model.startswith("tiny:") else model
-        rows = _measure(place, settings, keeps, dtype, rounds)
+        rows = _measure(place, settings, overrides, keeps, dtype, rounds)
     _print(rows)
     if out is not None:
         import torch
 
-        head = {"model": model, "method": method, "engine": "vllm", "command": command}
+        head = {"model": model, "method": method, "engine": "vllm", "backend": backend, "command": command}
         head |= provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({**dataclasses.asdict(row), **head}) for row in rows]
@@ -63,7 +73,14 @@ def bench_vllm(
         console().print(f"written to {out}", markup=False, soft_wrap=True)
 
 
-def _measure(place: str, settings: Settings, keeps: tuple[int | float, ...], dtype: str, rounds: int) -> list[Served]:
+def _measure(
+    place: str,
+    settings: Settings,
+    overrides: dict[str, Any],
+    keeps: tuple[int | float, ...],
+    dtype: str,
+    rounds: int,
+) -> list[Served]:
     from transformers import AutoProcessor
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
@@ -78,7 +95,7 @@ def _measure(place: str, settings: Settings, keeps: tuple[int | float, ...], dty
         disable_log_stats=False,
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
-        hf_overrides=settings.overrides,
+        hf_overrides=overrides,
     )
     picture, question = load_example()
     text = chat_text(AutoProcessor.from_pretrained(place), Question(question, (picture,)))
@@ -86,7 +103,8 @@ def _measure(place: str, settings: Settings, keeps: tuple[int | float, ...], dty
     def request(number: int) -> dict[str, Any]:
         other = picture.copy()
         other.putpixel((0, 0), (number % 256, number // 256 % 256, 0))
-        return {"prompt": text, "multi_modal_data": {"image": other}}
+        own = {QUESTION: question} if settings.scorer.reads_text else {}
+        return {"prompt": text, "multi_modal_data": {"image": other}, "mm_processor_kwargs": own}
 
     sampling = SamplingParams(temperature=0, max_tokens=_ANSWER, ignore_eos=True)
     budgets = (1.0, *(keep for keep in keeps if keep != 1.0 or isinstance(keep, int)))

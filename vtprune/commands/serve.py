@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -16,7 +18,7 @@ from vtprune.errors import InputError, VtpruneError
 from vtprune.integrations.vllm import SUPPORTED
 from vtprune.integrations.vllm.embedded import export
 from vtprune.integrations.vllm.images import checked_geometry
-from vtprune.integrations.vllm.settings import Settings
+from vtprune.integrations.vllm.settings import Settings, architecture_of
 from vtprune.loading import load_config
 
 __all__ = ["serve_command", "server_flags"]
@@ -32,11 +34,14 @@ def serve_command(
     port: int = typer.Option(8000, "--port", min=1, max=65535, help="Port to listen on."),
     images: int = typer.Option(4, "--images", min=1, help="Most images in a request."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16 or float16."),
+    backend: str = typer.Option("native", "--backend", help="Whose decoder: native (vLLM's own) or transformers."),
 ) -> None:
     """Serve a model over HTTP; each request may set its own budget."""
     settings = Settings.read({"method": method, "keep": keep})
     # what cannot be served is said before vLLM is started
-    checked_geometry(load_config(model), settings)
+    config = load_config(model)
+    checked_geometry(config, settings)
+    overrides = settings.overrides(architecture_of(config, backend))
     if importlib.util.find_spec("vllm") is None:
         raise VtpruneError(
             f"vtprune serve needs vLLM {SUPPORTED}, which is not installed. In an environment of its own: pip install "
@@ -44,16 +49,18 @@ def serve_command(
         )
     with tempfile.TemporaryDirectory() as folder:
         place = str(export(model, Path(folder))) if model.startswith("tiny:") else model
-        flags = server_flags(place, settings, name or model, host, port, images, dtype)
+        flags = server_flags(place, overrides, name or model, host, port, images, dtype)
         raise typer.Exit(_run([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *(extra or ())]))
 
 
-def server_flags(place: str, settings: Settings, name: str, host: str, port: int, images: int, dtype: str) -> list[str]:
+def server_flags(
+    place: str, overrides: Mapping[str, Any], name: str, host: str, port: int, images: int, dtype: str
+) -> list[str]:
     """The flags of vLLM's server.
 
     Args:
         place: folder or hub id of the model.
-        settings: the plugin's.
+        overrides: of the model's config, see `Settings.overrides`.
         name: of the model, for clients.
         host, port: where to listen.
         images: most images in a request.
@@ -71,9 +78,9 @@ def server_flags(place: str, settings: Settings, name: str, host: str, port: int
         "--port": str(port),
         "--dtype": dtype,
         "--limit-mm-per-prompt": json.dumps({"image": images}),
-        "--hf-overrides": json.dumps(settings.overrides),
+        "--hf-overrides": json.dumps(overrides),
     }
-    # budgets of requests come in mm_processor_kwargs
+    # budgets and questions of requests come in mm_processor_kwargs
     return [*(part for pair in flags.items() for part in pair), "--trust-request-mm-kwargs"]
 
 

@@ -8,12 +8,30 @@ from __future__ import annotations
 
 from vtprune.errors import VtpruneError
 
-__all__ = ["ARCHITECTURES", "SUPPORTED", "check_version", "register"]
+__all__ = ["ARCHITECTURES", "NATIVE", "SUPPORTED", "TRANSFORMERS", "check_version", "register"]
 
 SUPPORTED = "0.32"
 """The minor release of vLLM whose internals the classes build on."""
 
-ARCHITECTURES = {"VTPruneForConditionalGeneration": "vtprune.integrations.vllm.generic:VTPruneModel"}
+TRANSFORMERS = "VTPruneForConditionalGeneration"
+"""The architecture that serves every model, on vLLM's Transformers backend."""
+
+NATIVE = {
+    "llava": "VTPruneLlavaForConditionalGeneration",
+    "qwen2_vl": "VTPruneQwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "VTPruneQwen2_5_VLForConditionalGeneration",
+    "internvl": "VTPruneInternVLForConditionalGeneration",
+}
+"""Model type -> the architecture that serves it with vLLM's own decoder."""
+
+_HERE = "vtprune.integrations.vllm"
+ARCHITECTURES = {
+    TRANSFORMERS: f"{_HERE}.generic:VTPruneModel",
+    NATIVE["llava"]: f"{_HERE}.native:VTPruneLlava",
+    NATIVE["qwen2_vl"]: f"{_HERE}.native:VTPruneQwen2VL",
+    NATIVE["qwen2_5_vl"]: f"{_HERE}.native:VTPruneQwen25VL",
+    NATIVE["internvl"]: f"{_HERE}.native:VTPruneInternVL",
+}
 """What `hf_overrides={"architectures": [...]}` may name, and the class that serves it."""
 
 

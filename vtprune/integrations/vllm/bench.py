@@ -62,7 +62,8 @@ def serve_rounds(
             tell(f"keep {keep}, {many} at a time, round {turn} of {rounds}")
             asked = []
             for _ in range(many):
-                asked.append({**request(number), "mm_processor_kwargs": {KEEP: keep}})
+                new = request(number)
+                asked.append({**new, "mm_processor_kwargs": {**new.get("mm_processor_kwargs", {}), KEEP: keep}})
                 number += 1
             start = time.perf_counter()
             outputs = llm.generate(asked, sampling, use_tqdm=False)

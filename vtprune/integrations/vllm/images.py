@@ -25,6 +25,7 @@ from vtprune.hooks.validate import check_plan
 from vtprune.integrations.vllm.settings import Settings, check_served, image_plan
 from vtprune.layout import ImageGrid, Layout
 from vtprune.plan import Plan, Stage
+from vtprune.views import TextView
 
 __all__ = ["FAMILIES_SERVED", "ImagePruner", "checked_geometry"]
 
@@ -124,12 +125,15 @@ class ImagePruner:
         return image_plan(self._scorer, self.geometry, tokens, kept)
 
     @torch.no_grad()
-    def finish(self, features: Sequence[Tensor], kept: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def finish(
+        self, features: Sequence[Tensor], kept: Sequence[int], words: Sequence[Tensor] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """What the LLM gets of each image, after the run that `encoding` wrapped.
 
         Args:
             features: [N, D] of each image, as the projector gave them.
             kept: B of each.
+            words: [t, D] embeddings of what is asked about each, for methods that read text.
 
         Returns:
             for each image [B, D] and [B], which tokens these are (or whose places they take), increasing.
@@ -137,12 +141,15 @@ class ImagePruner:
         Raises:
             HostContractError: if other features come than were encoded.
         """
+        texts = [None] * len(kept) if words is None else [_asked(states) for states in words]
         return [
-            self._finish(rows, image, grids, n)
-            for rows, image, grids, n in zip(features, self._media, self._grids, kept, strict=True)
+            self._finish(rows, image, grids, n, text)
+            for rows, image, grids, n, text in zip(features, self._media, self._grids, kept, texts, strict=True)
         ]
 
-    def _finish(self, rows: Tensor, image: Sequence[Medium], grids: Grids, kept: int) -> tuple[Tensor, Tensor]:
+    def _finish(
+        self, rows: Tensor, image: Sequence[Medium], grids: Grids, kept: int, text: TextView | None
+    ) -> tuple[Tensor, Tensor]:
         total = sum(medium.tokens for medium in image)
         if len(rows) != total:
             raise HostContractError(f"vLLM encoded an image as {len(rows)} tokens, where its grid has {total}.")
@@ -159,7 +166,13 @@ class ImagePruner:
         for stage in stages:
             if stage.site.kind == "input" and kept < total:
                 flat = [[(grid.rows, grid.cols) for part in grids for grid in part]]
-                cut = make_cut(stage, alive, hidden, [kept], layout, flat, ((),), None, False)
+                cut = make_cut(stage, alive, hidden, [kept], layout, flat, ((),), text, False)
                 hidden = hidden if cut.merge is None else merge_states(hidden, cut.merge, alive)
                 hidden, alive = hidden[:, cut.index[0]], cut.alive
         return hidden[0], alive.original[0]
+
+
+def _asked(states: Tensor) -> TextView:
+    """A question [t, D] as the text behind the last image of a prompt."""
+    real = states.new_ones(1, len(states), dtype=torch.bool)
+    return TextView(states[None], real, real)

@@ -11,15 +11,53 @@ from typing import Any
 from vtprune.budget import Budget, Geometry, parse_keep
 from vtprune.contract import METHODS, Scorer
 from vtprune.errors import BudgetError, InputError, PlanError, UnsupportedModelError, VtpruneError
-from vtprune.integrations.vllm import ARCHITECTURES
+from vtprune.integrations.vllm import NATIVE, TRANSFORMERS
 from vtprune.plan import Plan
 from vtprune.specs import parse_chain
 from vtprune.views import PROMPT_ROWS
 
-__all__ = ["KEEP", "Settings", "check_served", "image_plan", "kept_of_image", "parts_of", "read_keep", "served_methods"]
+__all__ = [
+    "BACKENDS",
+    "KEEP",
+    "QUESTION",
+    "Settings",
+    "architecture_of",
+    "check_served",
+    "image_plan",
+    "kept_of_image",
+    "parts_of",
+    "read_keep",
+    "served_methods",
+]
 
 KEEP = "vtprune_keep"
 """The key of `mm_processor_kwargs` that gives one request a budget of its own."""
+
+QUESTION = "vtprune_question"
+"""The key of `mm_processor_kwargs` that tells a method which compares tokens with the question what is asked. vLLM
+hashes it with the image, so that no cache serves tokens that were chosen for another question."""
+
+BACKENDS = ("native", "transformers")
+"""Whose decoder serves a model: vLLM's own, or its Transformers backend's."""
+
+
+def architecture_of(config: Any, backend: str) -> str:
+    """What `hf_overrides["architectures"]` names to serve a model with this config.
+
+    Raises:
+        InputError: if there is no such backend.
+        UnsupportedModelError: if no class of vLLM's own serves such a model.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"the backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend == "transformers":
+        return TRANSFORMERS
+    if config.model_type not in NATIVE:
+        raise UnsupportedModelError(
+            f"the plugin has native classes for {', '.join(NATIVE)}, got a {config.model_type!r} model. Choose the "
+            "backend transformers."
+        )
+    return NATIVE[config.model_type]
 
 
 @dataclass(frozen=True)
@@ -53,10 +91,26 @@ class Settings:
         """The method."""
         return _scorer(self.method)
 
-    @property
-    def overrides(self) -> dict[str, Any]:
-        """The `hf_overrides` that choose the plugin with these settings."""
-        return {"architectures": list(ARCHITECTURES), "vtprune": {"method": self.method, "keep": self.keep}}
+    def overrides(self, architecture: str) -> dict[str, Any]:
+        """The `hf_overrides` that choose a class of the plugin (see `architecture_of`) with these settings."""
+        return {"architectures": [architecture], "vtprune": {"method": self.method, "keep": self.keep}}
+
+    def question(self, given: Any) -> str | None:
+        """What a request asks, from its `mm_processor_kwargs[QUESTION]` (None if it has none); None for most methods.
+
+        Raises:
+            InputError: if the method reads the question and none was given, or the other way round.
+        """
+        if self.scorer.reads_text:
+            if isinstance(given, str):
+                return given
+            raise InputError(
+                f"{self.scorer.name} chooses tokens by the question: send it as mm_processor_kwargs="
+                f'{{"{QUESTION}": "what is on the table?"}} ("" for none), got {given!r}.'
+            )
+        if given is not None:
+            raise InputError(f"{self.scorer.name} does not read the question: leave {QUESTION} out, got {given!r}.")
+        return None
 
     @property
     def key(self) -> str:
@@ -105,7 +159,9 @@ def check_served(method: Scorer, geometry: Geometry) -> None:
                 f"{method.name} cuts at {site}, inside the decoder, where vLLM gives all layers of a request one "
                 "length. If a knob leaves that cut out, set it: flowcut(text_cut=False)."
             )
-        if scorer.reads_text or scorer.reads_input or scorer.queries in PROMPT_ROWS:
+        # a question comes with the request, and what was chosen by it is scored on embeddings
+        reads_question = scorer.reads_text and method.reads_text and site.kind == "input"
+        if (scorer.reads_text and not reads_question) or scorer.reads_input or scorer.queries in PROMPT_ROWS:
             raise PlanError(f"{method.name} reads the prompt, and vLLM encodes and caches an image without one.")
         if scorer.reads_frames:
             raise PlanError(f"{method.name} compares the frames of a film, and the vLLM plugin serves still images.")

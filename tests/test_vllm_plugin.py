@@ -5,25 +5,29 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from family_models import CASES, Row
 from models import llava
+from PIL import Image
 from typer.testing import CliRunner
 
 import vtprune
 from vtprune.cli import app
 from vtprune.commands.serve import server_flags
+from vtprune.contract import METHODS
 from vtprune.errors import BudgetError, InputError, PlanError, UnknownNameError, UnsupportedModelError, VtpruneError
 from vtprune.hooks import geometry
 from vtprune.hooks.families.base import family_of
 from vtprune.integrations import vllm as plugin
 from vtprune.integrations.vllm.bench import Served, ratios
-from vtprune.integrations.vllm.embedded import widened
+from vtprune.integrations.vllm.embedded import export, widened
 from vtprune.integrations.vllm.images import ImagePruner, checked_geometry
 from vtprune.integrations.vllm.rope import Span, fill_positions, restored_prompt, with_cells, without_cells
 from vtprune.integrations.vllm.settings import Settings, architecture_of, check_served, kept_of_image, served_methods
@@ -126,6 +130,19 @@ def test_methods_are_served_by_what_they_need(kind: str) -> None:
     assert "frames of a film" in reasons["vidcom2"]
     # cuts in the tower alone on LLaVA, and in the decoder too where images have many tokens
     assert reasons["flowcut"] == "" if kind in ("llava", "internvl") else "text_cut=False" in reasons["flowcut"]
+
+
+def test_the_page_lists_every_method_where_it_belongs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (served[a-z ]*|refused: [a-z ]+) \| ([a-z0-9, -]+) \|$", page, re.MULTILINE))
+    found: dict[str, list[str]] = {title: [] for title in rows}
+    for name, reason in served_methods(geometry(CASES["llava"].config())).items():
+        title = "served with a question" if METHODS[name].reads_text else "served"
+        if reason:
+            (title,) = (title for title in rows if title.removeprefix("refused: ") in reason)
+        found[title].append(name)
+    assert {title: ", ".join(sorted(names)) for title, names in found.items()} == rows
+    assert len(rows) == 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -338,6 +355,25 @@ def test_a_model_with_wider_heads_says_the_same(kind: str) -> None:
     assert widened(wider) is wider
 
 
+def test_a_random_llava_borrows_a_processor(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    place = export("random:mini", tmp_path)
+    model, processor = AutoModelForImageTextToText.from_pretrained(place), AutoProcessor.from_pretrained(place)
+    image = Image.new("RGB", (70, 50), "red")
+    inputs = processor(text=["what color is <image>"], images=[image], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 32, 32)
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16
+    assert int(inputs["input_ids"].max()) < model.config.text_config.vocab_size
+    assert model.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_a_random_model_of_another_kind_has_no_processor(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'random:mini-internvl' has no processor, which vLLM needs"):
+        export("random:mini-internvl", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_server_gets_flags_that_it_can_read() -> None:
     overrides = Settings("visionzip", 0.25).overrides("VTPruneLlavaForConditionalGeneration")
     flags = server_flags("/m", overrides, "me", "127.0.0.1", 8000, 2, "auto")
@@ -383,7 +419,7 @@ def test_ratios_are_to_the_full_row_of_the_same_concurrency() -> None:
     [
         (["--engine", "tgi"], "--engine must be hf, vllm or vllm-transformers, got 'tgi'"),
         (["--engine", "vllm"], "measures one method"),
-        (["--engine", "vllm", "--methods", "uniform"], "'random:llama-0.3b' has none"),
+        (["--engine", "vllm", "--methods", "uniform,random"], "measures one method"),
         (["--engine", "vllm", "--methods", "fastv", "--model", "tiny:llava"], "inside the decoder"),
     ],
 )

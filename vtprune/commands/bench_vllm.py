@@ -11,7 +11,7 @@ from typing import Any
 
 from vtprune.bench.provenance import provenance
 from vtprune.commands.show import console
-from vtprune.errors import InputError, VtpruneError
+from vtprune.errors import VtpruneError
 from vtprune.integrations.vllm import SUPPORTED
 from vtprune.integrations.vllm.bench import Served, ratios, serve_rounds
 from vtprune.integrations.vllm.embedded import export
@@ -37,7 +37,7 @@ def bench_vllm(
     """Measure requests per second and time to first token at concurrency 1 and 8, and print them.
 
     Args:
-        model: with a processor: an embedded one, a folder or a hub id.
+        model: an embedded one, a LLaVA preset, a folder or a hub id.
         method: one that vLLM serves.
         keeps: budgets of an image, beside all tokens.
         backend: see `architecture_of`.
@@ -47,11 +47,9 @@ def bench_vllm(
         command: what the user typed.
 
     Raises:
-        InputError: if the model cannot be asked.
+        InputError: if the model has no processor.
         VtpruneError: if vLLM is not installed.
     """
-    if model.startswith("random:"):
-        raise InputError(f"vLLM asks models that have a processor, and {model!r} has none. Try --model tiny:llava.")
     settings = Settings.read({"method": method, "keep": 1.0})
     config = load_config(model)
     checked_geometry(config, settings)
@@ -59,7 +57,7 @@ def bench_vllm(
     if importlib.util.find_spec("vllm") is None:
         raise VtpruneError(f"--engine vllm needs vLLM {SUPPORTED}, which is not installed (docs/serving.md).")
     with tempfile.TemporaryDirectory() as folder:
-        place = str(export(model, Path(folder))) if model.startswith("tiny:") else model
+        place = str(export(model, Path(folder))) if model.startswith(("tiny:", "random:")) else model
         rows = _measure(place, settings, overrides, keeps, dtype, rounds)
     _print(rows)
     if out is not None:
@@ -87,9 +85,15 @@ def _measure(
     from vtprune.images import load_example
     from vtprune.prompt import Question, chat_text
 
+    picture, question = load_example()
+    processor = AutoProcessor.from_pretrained(place)
+    text = chat_text(processor, Question(question, (picture,)))
+    longest = len(processor(text=[text], images=[picture])["input_ids"][0]) + _ANSWER
     llm = LLM(
         model=place,
         dtype=dtype,
+        # memory for as much as is asked, and not for what the model could take
+        max_model_len=-(-longest // 128) * 128,
         max_num_seqs=8,
         limit_mm_per_prompt={"image": 1},
         disable_log_stats=False,
@@ -97,8 +101,6 @@ def _measure(
         mm_processor_cache_gb=0,
         hf_overrides=overrides,
     )
-    picture, question = load_example()
-    text = chat_text(AutoProcessor.from_pretrained(place), Question(question, (picture,)))
 
     def request(number: int) -> dict[str, Any]:
         other = picture.copy()

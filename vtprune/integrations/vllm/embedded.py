@@ -41,10 +41,28 @@ def export(spec: str, folder: Path) -> Path:
     """
     model, processor = load_model(spec, dtype="float32")
     if processor is None:
-        raise InputError(f"{spec!r} has no processor, which vLLM needs; pass tiny:llava, a folder or a hub id.")
+        processor = _borrowed(model, spec)
     widened(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def _borrowed(model: Any, spec: str) -> Any:
+    """The processor of `tiny:llava` for a LLaVA that has none: pictures in its size, words within its vocabulary."""
+    config = model.config
+    if config.model_type != "llava":
+        raise InputError(
+            f"{spec!r} has no processor, which vLLM needs; pass random:llama-0.3b or another LLaVA preset, tiny:llava, "
+            "a folder or a hub id."
+        )
+    _, processor = load_model("tiny:llava", dtype="float32")
+    side = config.vision_config.image_size
+    processor.image_processor.size = {"height": side, "width": side}
+    processor.patch_size = config.vision_config.patch_size
+    config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if len(processor.tokenizer) > config.text_config.vocab_size:
+        raise InputError(f"{spec!r} knows fewer words than the {len(processor.tokenizer)} of the borrowed tokenizer.")
+    return processor
 
 
 def widened(model: Any) -> Any:

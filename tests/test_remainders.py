@@ -12,15 +12,18 @@ from test_selections import KEEP, SAMPLES, plane, view_of
 from torch import Tensor
 
 from vtprune.choice import choose
+from vtprune.contract import METHODS
 from vtprune.errors import PlanError, UnknownNameError
 from vtprune.hooks.alive import Alive, merge_states
 from vtprune.plan import Site, Stage
 from vtprune.remainders.contextual import Contextual
+from vtprune.remainders.drop import Drop
 from vtprune.remainders.nearest import Nearest
 from vtprune.remainders.recycle import Recycle, density_peaks
 from vtprune.remainders.summary import Summary
 from vtprune.rules import REMAINDERS, Merge, Remainder, top_k_mask
 from vtprune.scorers.uniform import Uniform
+from vtprune.selections.max_min import MaxMin
 from vtprune.views import TokenView
 
 EVERY = [*(REMAINDERS[name]() for name in REMAINDERS), Summary(weights="score"), Recycle(group=2, share=0.9)]
@@ -308,6 +311,16 @@ def test_a_rule_that_needs_scores_is_refused_on_a_method_without() -> None:
         with pytest.raises(PlanError, match="needs a score for every token, but uniform chooses a set and gives none"):
             Stage(Site("input"), Uniform(), 4, **rules)
     assert Stage(Site("input"), Uniform(), 4, remainder=Nearest()).merges
+
+
+def test_another_selection_on_a_method_that_merges_needs_a_remainder_too() -> None:
+    """The method's own owners may leave under another selection: what is averaged into them would be lost."""
+    for name in ("pool", "tome"):
+        with pytest.raises(PlanError, match=rf"{name} averages what leaves .* such as {name}/maxmin/nearest") as caught:
+            Stage(Site("input"), METHODS[name](), 4, selection=MaxMin())
+        assert "selection maxmin keeps others" in str(caught.value)
+        assert Stage(Site("input"), METHODS[name](), 4, selection=MaxMin(), remainder=Nearest()).merges
+        assert not Stage(Site("input"), METHODS[name](), 4, selection=MaxMin(), remainder=Drop()).merges
 
 
 def vt_topk() -> object:

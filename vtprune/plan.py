@@ -133,6 +133,13 @@ class Stage:
                 f"at {self.site}; its keep={self.keep!r} is then the fewest."
             )
 
+        if self.selection is not None and self.scorer.merges and self.rules[1] is None:
+            raise PlanError(
+                f"{self.scorer.name} averages what leaves into the tokens that it keeps itself, and selection "
+                f"{self.selection.name} keeps others. Name what happens to the rest as well, such as "
+                f"{self.scorer.name}/{self.selection.name}/nearest."
+            )
+
     @property
     def rules(self) -> tuple[Selection | None, Remainder | None]:
         """The selection and the remainder that apply; None where the scorer's own `select` or `assign` does."""

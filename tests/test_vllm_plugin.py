@@ -85,6 +85,12 @@ def test_another_release_is_refused_only_when_it_is_asked_for(version: str, monk
             importlib.import_module(module)
 
 
+def test_the_extra_installs_the_release_it_was_built_on() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    major, minor = map(int, plugin.SUPPORTED.split("."))
+    assert f'\nvllm = ["vllm>={major}.{minor},<{major}.{minor + 1}"]\n' in project
+
+
 def test_nothing_of_it_needs_vllm_but_the_class() -> None:
     assert "vllm" not in sys.modules or importlib.util.find_spec("vllm") is not None
     for module, _, name in (place.partition(":") for place in plugin.ARCHITECTURES.values()):

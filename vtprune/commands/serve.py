@@ -45,10 +45,10 @@ def serve_command(
     if importlib.util.find_spec("vllm") is None:
         raise VtpruneError(
             f"vtprune serve needs vLLM {SUPPORTED}, which is not installed. In an environment of its own: pip install "
-            f"'vllm=={SUPPORTED}.*' vtprune (docs/serving.md has the steps for CPUs)."
+            "'vtprune[vllm]' (docs/serving.md has the steps for CPUs)."
         )
     with tempfile.TemporaryDirectory() as folder:
-        place = str(export(model, Path(folder))) if model.startswith("tiny:") else model
+        place = str(export(model, Path(folder))) if model.startswith(("tiny:", "random:")) else model
         flags = server_flags(place, overrides, name or model, host, port, images, dtype)
         raise typer.Exit(_run([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *(extra or ())]))
 

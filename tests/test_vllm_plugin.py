@@ -178,6 +178,14 @@ def test_a_question_goes_with_methods_that_read_one() -> None:
         does_not.question("x")
 
 
+def test_a_tower_hears_no_question() -> None:
+    class Hears(METHODS["fastervlm"]):
+        reads_text = True
+
+    with pytest.raises(PlanError, match="fastervlm reads the prompt"):
+        check_served(Hears(), geometry(CASES["llava"].config()))
+
+
 @torch.no_grad()
 def test_each_image_is_chosen_by_its_own_question() -> None:
     """Two images in one run of the tower, against `vtprune.prune` with the question behind each."""

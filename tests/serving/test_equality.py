@@ -184,6 +184,18 @@ def test_wrong_budgets_are_refused(running: tuple[str, Any], keep: Any) -> None:
     assert repr(keep) in str(caught.value)
 
 
+def test_no_part_is_built_twice(running: tuple[str, Any]) -> None:
+    _, llm = running
+    model = worker_model(llm)
+    names = [name for name, _ in model.named_parameters()]
+    if model is vision_side(llm):
+        assert all(name.startswith(("model.", "lm_head.")) for name in names)
+    else:
+        assert all(name.startswith(("language_model.", "vision_side.model.")) for name in names)
+        assert not any(name.startswith("vision_side.model.language_model") for name in names)
+        assert any(name.startswith("vision_side.model.") for name in names)
+
+
 @pytest.mark.parametrize("option", ["compile_mm_encoder", "cudagraph_mm_encoder"])
 def test_options_that_go_around_the_hooks_are_refused(option: str) -> None:
     given = {"compile_mm_encoder": False, "cudagraph_mm_encoder": False, option: True}

@@ -72,7 +72,7 @@ class VTPruneProcessor(MultiModalProcessor):
         keep = hf_kwargs.get(KEEP)
         if keep is not None:
             read_keep(keep)
-        question = self.info.vtprune.question(hf_kwargs.get(QUESTION))
+        question = self.info.vtprune.question(hf_kwargs.get(QUESTION)) if "image" in mm_items else None
         output = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))
         ids = output.get("image_replacement_ids")
         if ids is None:

@@ -132,7 +132,6 @@ class Stage:
                 f"selection {self.selection.name} decides itself how many tokens stay: set adaptive=True on the stage "
                 f"at {self.site}; its keep={self.keep!r} is then the fewest."
             )
-
         if self.selection is not None and self.scorer.merges and self.rules[1] is None:
             raise PlanError(
                 f"{self.scorer.name} averages what leaves into the tokens that it keeps itself, and selection "

@@ -28,17 +28,15 @@ from safetensors.torch import load_file, save_file
 
 import vtprune
 from vtprune.budget import Budget
-from vtprune.integrations.vllm import NATIVE, TRANSFORMERS
 from vtprune.integrations.vllm.embedded import export, widened
 from vtprune.integrations.vllm.images import ImagePruner
-from vtprune.integrations.vllm.settings import Settings
+from vtprune.integrations.vllm.settings import Settings, architecture_of
 from vtprune.loading import load_config
 from vtprune.plan import Plan, Site, Stage
 from vtprune.specs import parse_method
 
 ENVIRONMENT = dict(os.environ)
 """For programs of their own: engines leave variables behind in `os.environ` that are theirs alone."""
-BACKENDS = ("transformers", "native")
 NEW = 6  # tokens of an answer
 KINDS = ("llava", "qwen2_vl", "qwen2_5_vl", "internvl")
 # how the processor of each kind is told where an image goes
@@ -189,7 +187,7 @@ def engine(place: Path, method: str, keep: Any, backend: str = "transformers", *
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    architecture = NATIVE[load_config(str(place)).model_type] if backend == "native" else TRANSFORMERS
+    architecture = architecture_of(load_config(str(place)), backend)
     settings: dict[str, Any] = {
         "model": str(place),
         "dtype": "float32",
@@ -197,7 +195,7 @@ def engine(place: Path, method: str, keep: Any, backend: str = "transformers", *
         "max_model_len": 512,
         "max_num_seqs": 8,
         "limit_mm_per_prompt": {"image": 2},
-        "hf_overrides": {"architectures": [architecture], "vtprune": {"method": method, "keep": keep}},
+        "hf_overrides": Settings.read({"method": method, "keep": keep}).overrides(architecture),
         **options,
     }
     llm = LLM(**settings)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from conftest import DEFAULT, MIXED, MIXED_METHODS, SWEEP, Expected, swept
-from engines import BACKENDS, KINDS, Ask, answers, engine, kept_sets, picture, prompt, switch, vision_side, worker_model
+from engines import KINDS, NEW, Ask, answers, engine, kept_sets, picture, prompt, switch, vision_side, worker_model
 
 from vtprune.errors import UnsupportedModelError
 from vtprune.integrations.vllm import generic
 from vtprune.integrations.vllm.bench import serve_rounds
-from vtprune.integrations.vllm.settings import served_methods
+from vtprune.integrations.vllm.settings import BACKENDS, served_methods
 from vtprune.specs import parse_method
 
 # prefills in chunks of 16 tokens that cut through every picture, blocks so small that prompts share some
@@ -182,6 +182,13 @@ def test_wrong_budgets_are_refused(running: tuple[str, Any], keep: Any) -> None:
     with pytest.raises(ValueError, match="vtprune_keep: keep must be an int >= 1") as caught:
         answers(llm, kind, [Ask(((120, 200),), keep=keep)])
     assert repr(keep) in str(caught.value)
+
+
+def test_a_prompt_without_images_needs_no_question(running: tuple[str, Any]) -> None:
+    kind, llm = running
+    switch(llm, "cdpruner", DEFAULT)
+    (output,) = answers(llm, kind, [Ask(())])
+    assert len(_tokens([output])[0]) == NEW
 
 
 def test_no_part_is_built_twice(running: tuple[str, Any]) -> None:

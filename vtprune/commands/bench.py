@@ -102,7 +102,7 @@ def _bench_engine(engine: str, model: str, methods: str, keeps: str, dtype: str,
         raise InputError(f"--engine must be hf, vllm or vllm-transformers, got {engine!r}.")
     names = sweep_methods(methods)
     if len(names) != 1:
-        raise InputError(f"--engine vllm measures one method, such as --methods visionzip, got {methods!r}.")
+        raise InputError(f"--engine {engine} measures one method, such as --methods visionzip, got {methods!r}.")
     budgets = tuple(entry.value for entry in parse_keeps(keeps) if entry.value is not None)
     bench_vllm(model, names[0], budgets, backend, dtype, rounds, out, _command())
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from vtprune.bench.provenance import provenance
 from vtprune.commands.show import console
-from vtprune.errors import VtpruneError
-from vtprune.integrations.vllm import SUPPORTED
+from vtprune.commands.vllm_start import checked_overrides, served_place
 from vtprune.integrations.vllm.bench import Served, ratios, serve_rounds
-from vtprune.integrations.vllm.embedded import export
-from vtprune.integrations.vllm.images import checked_geometry
-from vtprune.integrations.vllm.settings import QUESTION, Settings, architecture_of
-from vtprune.loading import load_config
+from vtprune.integrations.vllm.settings import QUESTION, Settings
 
 __all__ = ["bench_vllm"]
 
@@ -51,13 +45,8 @@ def bench_vllm(
         VtpruneError: if vLLM is not installed.
     """
     settings = Settings.read({"method": method, "keep": 1.0})
-    config = load_config(model)
-    checked_geometry(config, settings)
-    overrides = settings.overrides(architecture_of(config, backend))
-    if importlib.util.find_spec("vllm") is None:
-        raise VtpruneError(f"--engine vllm needs vLLM {SUPPORTED}, which is not installed (docs/serving.md).")
-    with tempfile.TemporaryDirectory() as folder:
-        place = str(export(model, Path(folder))) if model.startswith(("tiny:", "random:")) else model
+    overrides = checked_overrides("--engine vllm", model, settings, backend)
+    with served_place(model) as place:
         rows = _measure(place, settings, overrides, keeps, dtype, rounds)
     _print(rows)
     if out is not None:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import typer
 
-from vtprune.errors import InputError, VtpruneError
-from vtprune.integrations.vllm import SUPPORTED
-from vtprune.integrations.vllm.embedded import export
-from vtprune.integrations.vllm.images import checked_geometry
-from vtprune.integrations.vllm.settings import Settings, architecture_of
-from vtprune.loading import load_config
+from vtprune.commands.vllm_start import checked_overrides, served_place
+from vtprune.errors import InputError
+from vtprune.integrations.vllm.settings import Settings
 
 __all__ = ["serve_command", "server_flags"]
 
@@ -38,17 +32,8 @@ def serve_command(
 ) -> None:
     """Serve a model over HTTP; each request may set its own budget."""
     settings = Settings.read({"method": method, "keep": keep})
-    # what cannot be served is said before vLLM is started
-    config = load_config(model)
-    checked_geometry(config, settings)
-    overrides = settings.overrides(architecture_of(config, backend))
-    if importlib.util.find_spec("vllm") is None:
-        raise VtpruneError(
-            f"vtprune serve needs vLLM {SUPPORTED}, which is not installed. In an environment of its own: pip install "
-            "'vtprune[vllm]' (docs/serving.md has the steps for CPUs)."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        place = str(export(model, Path(folder))) if model.startswith(("tiny:", "random:")) else model
+    overrides = checked_overrides("vtprune serve", model, settings, backend)
+    with served_place(model) as place:
         flags = server_flags(place, overrides, name or model, host, port, images, dtype)
         raise typer.Exit(_run([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *(extra or ())]))
 

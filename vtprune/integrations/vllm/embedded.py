@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vtprune.errors import InputError
 from vtprune.loading import load_model
+from vtprune.tiny import tiny_folder
 
 __all__ = ["export", "widened"]
 
@@ -55,7 +56,9 @@ def _borrowed(model: Any, spec: str) -> Any:
             f"{spec!r} has no processor, which vLLM needs; pass random:llama-0.3b or another LLaVA preset, tiny:llava, "
             "a folder or a hub id."
         )
-    _, processor = load_model("tiny:llava", dtype="float32")
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(tiny_folder("llava"))
     side = config.vision_config.image_size
     processor.image_processor.size = {"height": side, "width": side}
     processor.patch_size = config.vision_config.patch_size

@@ -159,7 +159,7 @@ def check_served(method: Scorer, geometry: Geometry) -> None:
                 f"{method.name} cuts at {site}, inside the decoder, where vLLM gives all layers of a request one "
                 "length. If a knob leaves that cut out, set it: flowcut(text_cut=False)."
             )
-        # a question comes with the request, and what was chosen by it is scored on embeddings
+        # a question comes with the request, and only cuts before the decoder can compare its embeddings with tokens
         reads_question = scorer.reads_text and method.reads_text and site.kind == "input"
         if (scorer.reads_text and not reads_question) or scorer.reads_input or scorer.queries in PROMPT_ROWS:
             raise PlanError(f"{method.name} reads the prompt, and vLLM encodes and caches an image without one.")
